@@ -1,0 +1,113 @@
+"""Requests as they travel between client and driver, and as the scheduler keeps them. Integers, no tensors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shoal.workers.plan import NewRow, TokenLogprobs
+
+if TYPE_CHECKING:
+    from shoal.driver.params import SamplingParams
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """What a client hands to the driver: one sequence to generate (n > 1 is n of these)."""
+
+    number: int  # the client's own count, in input order; unique for the client's life
+    prompt_token_ids: list[int]
+    params: SamplingParams  # max_tokens filled in, validated against model and tokenizer
+    stop_ids: tuple[int, ...] = ()  # all ids that end the row: EOS (unless ignored) and stop_token_ids
+    eos_ids: tuple[int, ...] = ()  # those of stop_ids whose stop_reason is None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words, tokenized
+    stream: int = 0  # key of its random stream, unsigned 64 bits
+    priority: int = 0  # lower runs first, under scheduling_policy="priority"
+    cache_salt: str | None = None
+    arrival_time: float = 0.0  # time.time() when the client made it
+
+
+@dataclass(slots=True)
+class RequestStateStats:
+    """When things happened to a request, in seconds of time.time()."""
+
+    num_generation_tokens: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    num_preemptions: int = 0
+
+    @property
+    def first_token_latency(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.first_token_ts - self.arrival_time
+
+
+@dataclass(slots=True)
+class FinishedRequest:
+    """What the driver gives back for one EngineRequest."""
+
+    number: int
+    token_ids: list[int]
+    finish_reason: str  # "stop", "length", "abort", "error"
+    stop_reason: int | str | None = None
+    stop_text: str | None = None  # set when a stop string ended it: its text, cut as include_stop_str_in_output says
+    error: str | None = None  # with finish_reason "error"
+    num_cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None  # one entry a generated token
+    prompt_logprobs: TokenLogprobs | None = None  # one entry for each prompt token but the first
+    metrics: RequestStateStats | None = None
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands with the scheduler."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request inside the scheduler."""
+
+    source: EngineRequest
+    token_ids: list[int]  # prompt and confirmed output
+    num_prompt_tokens: int
+    max_total_tokens: int  # prompt + max_tokens, at most max_model_len
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0  # KV exists or is on its way by plans in flight
+    num_inflight_tokens: int = 0  # sampled by plans in flight, ids not known here yet
+    num_plans_inflight: int = 0
+    num_cached_tokens: int = 0  # prefix hit when first admitted
+    row: int = -1  # place in the workers' batch while RUNNING
+    block_table: list[int] = field(default_factory=list)
+    num_hashed_blocks: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    stop_text: str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position of the first predicted token
+    stats: RequestStateStats = field(default_factory=RequestStateStats)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and confirmed output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Confirmed output."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        """True once it has its finish_reason; its blocks may still be held by plans in flight."""
+        return self.finish_reason is not None
+
+
+__all__ = ["EngineRequest", "FinishedRequest", "NewRow", "Request", "RequestStateStats", "RequestStatus"]

@@ -1,0 +1,1 @@
+"""Shoal: offline LLM inference on Ray."""
