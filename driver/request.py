@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shoal.workers.plan import NewRow, TokenLogprobs
+from shoal.workers.plan import RowSampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from shoal.driver.params import SamplingParams
@@ -26,6 +26,28 @@ class EngineRequest:
     priority: int = 0  # lower runs first, under scheduling_policy="priority"
     cache_salt: str | None = None
     arrival_time: float = 0.0  # time.time() when the client made it
+
+    def row_sampling(self) -> RowSampling:
+        """What the ranks' sampler needs of it."""
+        params = self.params
+        return RowSampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            stream=self.stream,
+            min_tokens=params.min_tokens,
+            stop_ids=tuple(self.stop_ids),
+            logit_bias=tuple((params.logit_bias or {}).items()),
+            allowed_token_ids=tuple(params.allowed_token_ids or ()),
+            bad_words=self.bad_words,
+            num_logprobs=params.logprobs,
+            num_prompt_logprobs=params.prompt_logprobs,
+            extra_args=params.extra_args or {},
+        )
 
 
 @dataclass(slots=True)
@@ -85,6 +107,7 @@ class Request:
     num_cached_tokens: int = 0  # prefix hit when first admitted
     row: int = -1  # place in the workers' batch while RUNNING
     block_table: list[int] = field(default_factory=list)
+    num_granted_blocks: int = 0  # leading blocks of the table that the ranks know of
     num_hashed_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: str | None = None
@@ -109,5 +132,3 @@ class Request:
         """True once it has its finish_reason; its blocks may still be held by plans in flight."""
         return self.finish_reason is not None
 
-
-__all__ = ["EngineRequest", "FinishedRequest", "NewRow", "Request", "RequestStateStats", "RequestStatus"]

@@ -1,0 +1,409 @@
+"""The scheduler: who computes how many tokens in the next step. Integers only; no tensors.
+
+There is no prefill phase and no decode phase: every running request has `num_computed_tokens` that chases the tokens it
+has. One rule covers chunked prefill, prefix hits, preemption and resumption. Plans are made ahead of results: tokens that
+plans in flight will sample count as `num_inflight_tokens`, and nothing a plan in flight uses is taken from its request.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.driver.block_pool import KVCacheManager
+from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
+from shoal.workers.plan import NewRow, SchedulerOutput, StepOutput, TokenLogprobs
+
+# StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
+StopCheck = Callable[[Request, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Budgets of every step and of the cache."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+    decode_burst: int = 1
+    long_prefill_token_threshold: int = 0
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    use_priority: bool = False
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step on its way: what the ranks get, and whose rows they are."""
+
+    output: SchedulerOutput
+    requests: list[Request]
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start."""
+
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_wasted_tokens: int = 0
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0
+    max_unfinished: int = 0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan being made."""
+
+    requests: list[Request] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)  # row, index in its table, block
+
+
+class Scheduler:
+    """Queue, running rows and their blocks. One thread calls it."""
+
+    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None) -> None:
+        self.limits = limits
+        self.kv = KVCacheManager(limits.num_blocks, limits.block_size, limits.enable_prefix_caching)
+        self.stats = SchedulerStats()
+        self.running: list[Request] = []  # in order of admission
+        self.num_plans_inflight = 0
+        self._stop_check = stop_check
+        self._waiting: list[tuple[int, int, Request]] = []  # heap; ended requests are skipped when met
+        self._requests: dict[int, Request] = {}
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
+        self._drain = False  # a preemption waits for the plans in flight
+        self._next_step = 0
+
+    # ---- what comes in -----------------------------------------------------------------------------------------
+
+    def add(self, source: EngineRequest) -> Request:
+        """Queue a request. One whose prompt can never fit the cache ends at once, with finish_reason "error"."""
+        limits = self.limits
+        prompt = source.prompt_token_ids
+        assert prompt and source.params.max_tokens is not None
+        request = Request(
+            source,
+            list(prompt),
+            len(prompt),
+            min(len(prompt) + source.params.max_tokens, limits.max_model_len),
+            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
+        )
+        capacity = limits.num_blocks * limits.block_size
+        if len(prompt) > capacity:
+            request.finish_reason = "error"
+            request.stop_text = (
+                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} blocks of "
+                f"{limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge the cache "
+                "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
+            )
+            request.status = RequestStatus.FINISHED
+            self._ended.append(request)
+            return request
+        assert len(prompt) < request.max_total_tokens
+        self._requests[source.number] = request
+        self.stats.num_prompt_tokens += len(prompt)
+        self.stats.max_unfinished = max(self.stats.max_unfinished, len(self._requests))
+        self._push(request)
+        return request
+
+    def abort(self, numbers: Iterable[int]) -> None:
+        """End these requests with finish_reason "abort"; numbers already gone are passed over."""
+        for number in numbers:
+            request = self._requests.get(number)
+            if request is not None and not request.finished:
+                request.finish_reason = "abort"
+                self._finish_if_idle(request, self._ended)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not been handed back."""
+        return len(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._requests) - len(self.running)
+
+    def unfinished_numbers(self) -> list[int]:
+        """Numbers of all requests not handed back."""
+        return list(self._requests)
+
+    def take_ended(self) -> list[Request]:
+        """Requests that ended other than by a result, each given once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    # ---- schedule ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan | None:
+        """The next step, or None if there is nothing to run before a result comes back."""
+        if self._drain and self.num_plans_inflight:
+            return None
+        self._drain = False
+        draft = _Draft()
+        budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
+        if not self._drain:
+            self._schedule_waiting(draft, budget)
+        return self._seal(draft) if draft.requests else None
+
+    def _schedule_running(self, draft: _Draft, budget: int) -> int:
+        num_steps = self._burst_length()
+        preempted = False
+        for request in list(self.running):
+            if budget == 0:
+                break
+            if request.status is not RequestStatus.RUNNING or request.finished:
+                continue  # preempted above, or ended and waiting for its plans
+            count = min(self._pending(request), budget)
+            if count == 0:
+                continue
+            if self.limits.long_prefill_token_threshold:
+                count = min(count, self.limits.long_prefill_token_threshold)
+            steps = min(num_steps, request.max_total_tokens - request.num_tokens - request.num_inflight_tokens)
+            if not self._make_room(request, request.num_computed_tokens + count + steps - 1, draft):
+                if self._drain:
+                    break
+                preempted = True
+                continue
+            self._put(draft, request, count, steps)
+            budget -= count
+        return 0 if preempted else budget
+
+    def _schedule_waiting(self, draft: _Draft, budget: int) -> None:
+        limits = self.limits
+        while budget and self._free_rows:
+            request = self._head()
+            if request is None:
+                return
+            hits = self.kv.find_prefix(request)
+            num_cached = len(hits) * limits.block_size
+            count = request.num_tokens - num_cached
+            if limits.long_prefill_token_threshold:
+                count = min(count, limits.long_prefill_token_threshold)
+            if count > budget and not limits.enable_chunked_prefill:
+                return
+            if not self.kv.can_admit(request, hits):
+                return
+            heapq.heappop(self._waiting)
+            self._admit(draft, request, hits, num_cached)
+            count = min(count, budget)
+            allocated = self.kv.allocate(request, num_cached + count)
+            assert allocated
+            self._put(draft, request, count, 1)
+            budget -= count
+
+    def _burst_length(self) -> int:
+        """Steps to grant: more than one only while every row decodes and nobody can be let in."""
+        most = self.limits.decode_burst
+        if most == 1 or any(self._pending(r) > 1 for r in self.running):
+            return 1
+        head = self._head()
+        if head is not None:
+            if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
+                return 1
+            most = max(1, most // 4)  # a finished row's place should not stay empty for long
+        rows = [r for r in self.running if self._pending(r)]
+        while most > 1:
+            missing = sum(self.kv.missing(r, min(r.num_computed_tokens + most, r.max_total_tokens)) for r in rows)
+            if missing <= self.kv.pool.num_free:
+                break
+            most //= 2
+        return most
+
+    def _pending(self, request: Request) -> int:
+        """Tokens it has, or will have by plans in flight, whose KV is not computed or planned."""
+        if request.finished:
+            return 0
+        total = request.num_tokens + request.num_inflight_tokens
+        return 0 if total >= request.max_total_tokens else total - request.num_computed_tokens
+
+    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Blocks for the request, by preempting others if need be. False: it was preempted or ended itself, or a
+        victim has plans in flight and everything must wait for them (`_drain`)."""
+        while not self.kv.allocate(request, num_tokens):
+            victim = self._victim()
+            if victim.num_plans_inflight or victim in draft.requests:
+                self._drain = True
+                return False
+            if victim is request and len(self.running) == 1:
+                request.finish_reason = "length"  # alone, and the whole cache is its own
+                self._finish_if_idle(request, self._ended)
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _victim(self) -> Request:
+        if self.limits.use_priority:
+            return max(self.running, key=lambda r: (r.source.priority, r.source.number))
+        return self.running[-1]
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue; its tokens are kept and computed again when it returns."""
+        self._leave(request)
+        request.status = RequestStatus.WAITING
+        request.num_computed_tokens = 0
+        request.stats.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._push(request)
+
+    def _admit(self, draft: _Draft, request: Request, hits: list[int], num_cached: int) -> None:
+        self.kv.admit(request, hits)
+        request.row = self._free_rows.pop()
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = num_cached
+        if not request.stats.scheduled_ts:
+            request.stats.scheduled_ts = time.time()
+            request.num_cached_tokens = num_cached
+            self.stats.num_cached_prompt_tokens += num_cached
+        self.running.append(request)
+        draft.new_rows.append(
+            NewRow(
+                request.row,
+                np.array(request.token_ids, np.int32),
+                request.num_prompt_tokens,
+                num_cached,
+                request.source.row_sampling(),
+            )
+        )
+
+    def _put(self, draft: _Draft, request: Request, count: int, steps: int) -> None:
+        known = request.num_computed_tokens + count
+        samples = known == request.num_tokens + request.num_inflight_tokens
+        table, size = request.block_table, self.limits.block_size
+        # Blocks taken since the last plan start where the computed tokens' blocks end.
+        first_new = request.num_granted_blocks
+        draft.blocks += [(request.row, index, table[index]) for index in range(first_new, len(table))]
+        request.num_granted_blocks = len(table)
+        assert len(table) * size >= known + steps - 1
+        draft.requests.append(request)
+        draft.rows.append(request.row)
+        draft.counts.append(count)
+        draft.samples.append(samples)
+        draft.steps.append(steps if samples else 1)
+        request.num_plans_inflight += 1
+        if samples:
+            request.num_inflight_tokens += steps
+            request.num_computed_tokens = known + steps - 1
+        else:
+            request.num_computed_tokens = known
+        self.kv.remember(request)
+
+    def _seal(self, draft: _Draft) -> Plan:
+        blocks = np.array(draft.blocks, np.int32).reshape(-1, 3).T
+        output = SchedulerOutput(
+            self._next_step,
+            np.array(draft.rows, np.int32),
+            np.array(draft.counts, np.int32),
+            np.array(draft.samples, np.uint8),
+            np.array(draft.steps, np.int32),
+            max(draft.steps),
+            draft.new_rows,
+            *blocks,
+        )
+        self._next_step += 1
+        self.num_plans_inflight += 1
+        self.stats.num_steps += output.num_steps
+        self.stats.num_scheduled_tokens += sum(draft.counts)
+        return Plan(output, draft.requests)
+
+    # ---- update ------------------------------------------------------------------------------------------------
+
+    def update(self, plan: Plan, output: StepOutput) -> list[Request]:
+        """Take a step's results, in the order of plans; returns the requests that ended and hold nothing any more."""
+        assert output.step_id == plan.output.step_id
+        self.num_plans_inflight -= 1
+        now = time.time()
+        finished: list[Request] = []
+        sampled = 0
+        for index, request in enumerate(plan.requests):
+            request.num_plans_inflight -= 1
+            if index in output.prompt_logprobs:
+                start, entry = output.prompt_logprobs[index]
+                request.prompt_logprobs[start] = entry
+            if plan.output.samples[index]:
+                steps = int(plan.output.row_steps[index])
+                request.num_inflight_tokens -= steps
+                self._append(request, output.token_ids[sampled, :steps].tolist(), output.logprobs.get(sampled), now)
+                sampled += 1
+            self._finish_if_idle(request, finished)
+        return finished
+
+    def _append(self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None, now: float) -> None:
+        """Confirm sampled tokens until one ends the request; those after it are waste."""
+        if request.finished:
+            self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids)
+            return
+        kept = 0
+        for token in token_ids:
+            assert token >= 0, "the ranks ended a row that the driver did not"
+            request.token_ids.append(token)
+            kept += 1
+            if self._check_stop(request, token):
+                break
+        if not request.stats.first_token_ts:
+            request.stats.first_token_ts = now
+        request.stats.last_token_ts = now
+        request.stats.num_generation_tokens += kept
+        self.stats.num_generation_tokens += kept
+        self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids[kept:])
+        if logprobs is not None:
+            request.logprobs.append(TokenLogprobs(logprobs.ids[:kept], logprobs.logprobs[:kept], logprobs.ranks[:kept]))
+        if not request.finished:
+            self.kv.remember(request)
+
+    def _check_stop(self, request: Request, token: int) -> bool:
+        source = request.source
+        if request.num_output_tokens >= source.params.min_tokens and token in source.stop_ids:
+            request.finish_reason = "stop"
+            request.stop_reason = None if token in source.eos_ids else token
+        elif source.params.stop and self._stop_check is not None and self._stop_check(request, token):
+            request.finish_reason = "stop"
+        elif request.num_tokens >= request.max_total_tokens:
+            request.finish_reason = "length"
+        return request.finished
+
+    def _finish_if_idle(self, request: Request, finished: list[Request]) -> None:
+        """An ended request gives everything back once no plan in flight uses it."""
+        if not request.finished or request.num_plans_inflight or request.status is RequestStatus.FINISHED:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self._leave(request)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.source.number]
+        finished.append(request)
+
+    # ---- small things ------------------------------------------------------------------------------------------
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv.release(request)
+        self._free_rows.append(request.row)
+        request.row = -1
+        request.num_granted_blocks = 0
+
+    def _push(self, request: Request) -> None:
+        priority = request.source.priority if self.limits.use_priority else 0
+        heapq.heappush(self._waiting, (priority, request.source.number, request))
+
+    def _head(self) -> Request | None:
+        while self._waiting and self._waiting[0][2].finished:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][2] if self._waiting else None
