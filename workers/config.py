@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shoal.workers.models.spec import ModelSpec
@@ -38,5 +38,4 @@ class WorkerConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    logits_processors: tuple[Any, ...] = ()  # classes, see workers/sampler.py
     num_threads: int | None = None  # CPU ranks: torch threads

@@ -1,0 +1,179 @@
+"""Worker: the actor around one rank. The only file of workers/ that imports ray.
+
+`__init__` stores arguments. One loop thread sets the device and inference mode and then does everything: it loads,
+executes the plans that come through the step channel, and between them the calls that other actors make.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import ray
+
+from shoal.workers.config import WorkerConfig
+
+STOP = object()
+
+
+class Worker:
+    """One rank. Methods are called by the driver; `run` is the door to everything the loop thread does."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.runner: Any = None
+        self._tp: Any = None
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._frames: dict[int, tuple[bytes, Future[bytes]]] = {}
+        self._next_frame = 0
+        self._thread = threading.Thread(target=self._loop, name=f"rank-{rank}", daemon=True)
+        self._thread.start()
+
+    # ---- called from any thread --------------------------------------------------------------------------------
+
+    def run(self, method: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of this class (by name), of the runner, or a function (with this Worker first), in the loop."""
+        future: Future[Any] = Future()
+        self._jobs.put((future, method, args, kwargs))
+        return future.result()
+
+    def run_payload(self, payload: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Any:
+        """`run` with its arguments in one object, which the driver passes on without unpacking it."""
+        method, args, kwargs = payload
+        return self.run(method, *args, **kwargs)
+
+    def step(self, step_id: int, frame: bytes) -> bytes:
+        """The step channel over plain calls: runs frames in the order of their ids, however the calls arrive."""
+        future: Future[bytes] = Future()
+        self._jobs.put((None, step_id, frame, future))
+        return future.result()
+
+    def watch(self) -> None:
+        """Never returns: its caller learns of this process's death at once."""
+        threading.Event().wait()
+
+    # ---- called in the loop thread -----------------------------------------------------------------------------
+
+    def probe(self, device: str) -> dict[str, Any]:
+        """What this rank runs on."""
+        import torch
+
+        info: dict[str, Any] = {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
+        info["node_ip"] = ray.util.get_node_ip_address()
+        info["num_cpus"] = len(os.sched_getaffinity(0))
+        if device == "cuda":
+            index = self._gpu_index()
+            torch.cuda.set_device(index)
+            free, total = torch.cuda.mem_get_info()
+            capability = torch.cuda.get_device_capability()
+            info |= {"gpu": torch.cuda.get_device_name(), "free": free, "total": total, "capability": capability}
+        return info
+
+    def free_address(self) -> str:
+        """A TCP address on this node that nobody listens on now, for the process group's rendezvous."""
+        with socket.socket() as probe:
+            probe.bind((ray.util.get_node_ip_address(), 0))
+            host, port = probe.getsockname()
+        return f"tcp://{host}:{port}"
+
+    def setup(self, config: WorkerConfig, processors: Any, init_method: str, timeout_s: float) -> dict[str, Any]:
+        """Join the process group and load this rank's weights."""
+        import torch
+
+        from shoal.workers.parallel import TensorParallel
+        from shoal.workers.runner import ModelRunner
+
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self._tp = TensorParallel.init(config.rank, config.world_size, init_method, config.device, timeout_s)
+        self.runner = ModelRunner(config, self._tp, processors)
+        seconds = self.runner.load()
+        return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
+
+    def connect(self, address: Any, family: str, secret: bytes) -> None:
+        """Take plans from the driver's listener from now on; rank 0 answers there."""
+        connection: Connection = Client(address, family, authkey=secret)
+        connection.send_bytes(str(self.rank).encode())
+        threading.Thread(target=self._read, args=(connection,), name="step-channel", daemon=True).start()
+
+    def close(self) -> None:
+        """Leave the process group and end the loop."""
+        self.runner = None
+        if self._tp is not None:
+            self._tp.destroy()
+        self._jobs.put(STOP)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not STOP:
+                kind, *rest = job
+                if kind is None:
+                    self._step_in_order(*rest)
+                elif isinstance(kind, Future):
+                    self._call(kind, *rest)
+                else:
+                    frame, connection = rest
+                    answer = self._execute(frame)
+                    if self.rank == 0 or answer.startswith(ERROR):
+                        connection.send_bytes(answer)
+
+    def _read(self, connection: Connection) -> None:
+        """Frames from the socket to the loop; ends when the driver goes."""
+        try:
+            while True:
+                self._jobs.put(("frame", connection.recv_bytes(), connection))
+        except (EOFError, OSError):
+            connection.close()
+
+    def _call(self, future: Future[Any], method: str | Callable[..., Any], args: Any, kwargs: Any) -> None:
+        try:
+            if callable(method):
+                result = method(self, *args, **kwargs)
+            else:
+                owner = self if hasattr(type(self), method) else self.runner
+                if not hasattr(owner, method):
+                    raise AttributeError(f"neither Worker nor ModelRunner has a method {method!r}")
+                result = getattr(owner, method)(*args, **kwargs)
+        except Exception as error:  # whatever it is, it belongs to the caller
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _step_in_order(self, step_id: int, frame: bytes, future: Future[bytes]) -> None:
+        self._frames[step_id] = (frame, future)
+        while self._next_frame in self._frames:
+            due, answer = self._frames.pop(self._next_frame)
+            self._next_frame += 1
+            answer.set_result(self._execute(due))
+
+    def _execute(self, frame: bytes) -> bytes:
+        from shoal.workers.plan import SchedulerOutput
+
+        try:
+            return bytes(self.runner.execute(SchedulerOutput.decode(frame)).encode())
+        except Exception:  # the driver must learn of it: this rank's state is lost
+            return ERROR + json.dumps({"rank": self.rank, "traceback": traceback.format_exc()}).encode()
+
+    def _gpu_index(self) -> int:
+        """Every rank sees all GPUs of its host; Ray says which one is its own."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        own = str(ray.get_gpu_ids()[0])
+        names = visible.split(",") if visible else []
+        return names.index(own) if own in names else int(own)
+
+
+ERROR = b"ERROR:"  # a StepOutput's frame starts with its header's length, which is never this large
+
+RemoteWorker = ray.remote(max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1})(Worker)

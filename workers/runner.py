@@ -1,0 +1,237 @@
+"""ModelRunner: one rank's weights, KV cache and batch; `execute` turns a plan into sampled tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from shoal.workers.batch import AttentionMetadata, ForwardBatch
+from shoal.workers.config import WorkerConfig
+from shoal.workers.loading import load_weights
+from shoal.workers.models.registry import load_model_class
+from shoal.workers.parallel import TensorParallel
+from shoal.workers.plan import Int32, SchedulerOutput, StepOutput, TokenLogprobs
+from shoal.workers.sampler import Sampler, SamplingState
+from shoal.workers.state import BatchState
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PROMPT_LOGITS_BYTES = 256 << 20  # float32 logits of prompt positions held at once
+
+
+class ModelRunner:
+    """Everything a rank computes with. One thread calls it; that thread sets the device and inference mode."""
+
+    def __init__(self, config: WorkerConfig, tp: TensorParallel, logits_processors: Sequence[Any] = ()) -> None:
+        self.config = config
+        self.tp = tp
+        self.spec = config.spec
+        self.device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+        self.dtype = DTYPES[config.dtype]
+        self.model: Any = None
+        self.kv_cache: list[torch.Tensor] = []
+        self.num_blocks = 0
+        self.state = BatchState(config.max_num_seqs, config.max_model_len, config.block_size, self.device)
+        self.sampling = SamplingState(config.max_num_seqs, self.spec.vocab_size, self.device, logits_processors)
+        self.sampler = Sampler(self.sampling, self.state)
+        # Reading a flag from CPU memory costs nothing, so rows that ended inside a burst are dropped at once there.
+        self._drop_ended = self.device.type == "cpu"
+        self._prompt_logprobs: dict[int, int] = {}  # row -> how many it asked for
+
+    # ---- weights and memory ------------------------------------------------------------------------------------
+
+    def load(self) -> float:
+        """Build the model and read this rank's shard; seconds it took."""
+        start = time.monotonic()
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                self.model = load_model_class(self.spec.architecture)(self.spec, self.tp)
+            load_weights(self.model, self.config.load)
+        finally:
+            torch.set_default_dtype(previous)
+        self.model.eval()
+        return time.monotonic() - start
+
+    def weight_bytes(self) -> int:
+        """Bytes of this rank's parameters."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers on this rank."""
+        heads = self.spec.num_kv_heads_per_rank(self.tp.world_size)
+        return 2 * self.spec.num_layers * self.config.block_size * heads * self.spec.head_dim * self.dtype.itemsize
+
+    def free_kv_bytes(self, utilization: float) -> int:
+        """GPU bytes left for KV: `utilization` of all memory, less what is in use and what a full step needs on top."""
+        assert self.device.type == "cuda"
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._full_step()
+        torch.cuda.synchronize()
+        transient = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return int(total * utilization) - (total - free) - transient
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """The KV cache: for each layer [2, num_blocks, block_size, kv heads of this rank, head_dim]."""
+        heads = self.spec.num_kv_heads_per_rank(self.tp.world_size)
+        shape = (2, num_blocks, self.config.block_size, heads, self.spec.head_dim)
+        self.num_blocks = num_blocks
+        self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.spec.num_layers)]
+
+    def _full_step(self) -> None:
+        """The largest step there can be, on made-up input, over one KV block."""
+        config = self.config
+        self.allocate_kv(1)
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        length = min(config.max_num_batched_tokens // rows, config.max_model_len)
+        num_tokens = rows * length
+        index = torch.arange(num_tokens, device=self.device)
+        attention = AttentionMetadata(
+            cu_seqlens_q=torch.arange(0, num_tokens + 1, length, dtype=torch.int32, device=self.device),
+            seq_lens=torch.full((rows,), length, dtype=torch.int32, device=self.device),
+            block_tables=torch.zeros((rows, -(-length // config.block_size)), dtype=torch.int32, device=self.device),
+            slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device),
+            block_size=config.block_size,
+            max_query_len=length,
+            max_seq_len=length,
+        )
+        hidden = self.model(ForwardBatch(index % self.spec.vocab_size, index % length, attention), self.kv_cache)
+        self.model.compute_logits(hidden[:rows]).float().softmax(-1)
+        self.kv_cache = []
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    def execute(self, plan: SchedulerOutput) -> StepOutput:
+        """Run a plan. Every rank does the same and samples the same; rank 0's output goes to the driver."""
+        self.state.apply(plan)
+        for new in plan.new_rows:
+            self.sampling.add(new.row, new.sampling, new.token_ids, new.num_prompt_tokens)
+            self._prompt_logprobs.pop(new.row, None)
+            if new.sampling.num_prompt_logprobs is not None:
+                self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs
+        out = _Collected(plan, self.device)
+        for step in range(plan.num_steps):
+            self._run_step(plan, step, out)
+        return out.finish()
+
+    def _run_step(self, plan: SchedulerOutput, step: int, out: _Collected) -> None:
+        active = np.flatnonzero(plan.row_steps > step)
+        rows, counts = plan.rows[active], plan.num_scheduled_tokens[active]
+        if self._drop_ended:
+            alive = ~self.state.ended[torch.from_numpy(rows.astype(np.int64))].numpy()
+            self.state.advance(rows[~alive], counts[~alive])
+            active, rows, counts = active[alive], rows[alive], counts[alive]
+            if not len(rows):
+                return
+        batch = self.state.forward_batch(rows, counts)
+        hidden = self.model(batch, self.kv_cache)
+        if self._prompt_logprobs:
+            self._score_prompts(active, rows, counts, hidden, out)
+        self.state.advance(rows, counts)
+        picks = np.flatnonzero(plan.samples[active])
+        if len(picks):
+            last = batch.attention.cu_seqlens_q[1:].long() - 1
+            if len(picks) != len(rows):
+                last = last[torch.from_numpy(picks).to(self.device)]
+            self._sample(rows[picks], out.sampling_index[active[picks]], hidden[last], step, out)
+
+    def _sample(self, rows: Int32, places: Int32, hidden: torch.Tensor, step: int, out: _Collected) -> None:
+        logits = self.model.compute_logits(hidden)
+        device_rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        result = self.sampler(logits, device_rows, rows.tolist())
+        token_ids = result.token_ids
+        if not self._drop_ended:
+            token_ids = torch.where(self.state.ended[device_rows], -1, token_ids)
+        out.put(places, step, token_ids)
+        if result.logprobs is not None:
+            for index, entry in result.logprobs.to_host().items():
+                out.put_logprobs(int(places[index]), entry)
+        self.state.append(device_rows, result.token_ids, result.ended)
+        self.sampler.observe(device_rows, result.token_ids)
+
+    def _score_prompts(self, active: Int32, rows: Int32, counts: Int32, hidden: torch.Tensor, out: _Collected) -> None:
+        """Log-probabilities of the prompt tokens that this pass predicts, for the rows that asked."""
+        chunk = max(1, _PROMPT_LOGITS_BYTES // (4 * self.spec.vocab_size))
+        offset = 0
+        for place, row, count in zip(active.tolist(), rows.tolist(), counts.tolist(), strict=True):
+            start = int(self.state.num_computed[row])
+            end = min(start + count, int(self.state.prompt_lens[row]) - 1)  # the last prompt token predicts no prompt
+            if row in self._prompt_logprobs and end > start:
+                k = self._prompt_logprobs[row]
+                targets = self.state.token_ids[row, start + 1 : end + 1].long()
+                parts = []
+                for first in range(0, end - start, chunk):
+                    last = min(first + chunk, end - start)
+                    logits = self.model.compute_logits(hidden[offset + first : offset + last])
+                    parts.append(self.sampler.prompt_logprobs(logits, targets[first:last], k))
+                out.prompt_logprobs[place] = (start + 1, concat_logprobs(parts))
+            offset += count
+
+    # ---- sleep -------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int) -> None:
+        """Give memory back: the KV cache always; weights to host memory (level 1, on a GPU) or dropped (level 2)."""
+        self.kv_cache = []
+        if level == 1 and self.device.type == "cuda":
+            self.model.to("cpu")
+        elif level == 2:
+            self.model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self, tags: tuple[str, ...]) -> None:
+        """Undo `sleep`: "weights" come back from host memory or from the checkpoint, "kv_cache" is made again, empty."""
+        if "weights" in tags:
+            if self.model is None:
+                self.load()
+            else:
+                self.model.to(self.device)
+        if "kv_cache" in tags and not self.kv_cache:
+            self.allocate_kv(self.num_blocks)
+
+    def apply_model(self, function: Callable[[nn.Module], T]) -> T:
+        """`function(model)`."""
+        return function(self.model)
+
+
+class _Collected:
+    """A plan's results as they come, step by step."""
+
+    def __init__(self, plan: SchedulerOutput, device: torch.device) -> None:
+        self.step_id = plan.step_id
+        self.sampling_index = (np.cumsum(plan.samples, dtype=np.int32) - 1).astype(np.int32)
+        self._tokens = torch.full((int(plan.samples.sum()), plan.num_steps), -1, dtype=torch.int32, device=device)
+        self._logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[int, tuple[int, TokenLogprobs]] = {}
+
+    def put(self, places: Int32, step: int, token_ids: torch.Tensor) -> None:
+        index = torch.from_numpy(places.astype(np.int64)).to(self._tokens.device)
+        self._tokens[index, step] = token_ids.to(torch.int32)
+
+    def put_logprobs(self, place: int, entry: TokenLogprobs) -> None:
+        self._logprobs.setdefault(place, []).append(entry)
+
+    def finish(self) -> StepOutput:
+        logprobs = {place: concat_logprobs(parts) for place, parts in self._logprobs.items()}
+        return StepOutput(self.step_id, self._tokens.cpu().numpy(), logprobs, self.prompt_logprobs)
+
+
+def concat_logprobs(parts: list[TokenLogprobs]) -> TokenLogprobs:
+    """Entries of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return TokenLogprobs(
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.logprobs for p in parts]),
+        np.concatenate([p.ranks for p in parts]),
+    )

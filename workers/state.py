@@ -1,0 +1,83 @@
+"""The persistent batch: what a rank keeps of every running row, on its device, between steps.
+
+The driver sends changes only. Host mirrors hold what the host can know without asking the device (how far each row's KV
+is planned); everything that depends on sampled tokens stays on the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.workers.batch import AttentionMetadata, ForwardBatch
+from shoal.workers.plan import Int32, SchedulerOutput
+
+
+class BatchState:
+    """Tokens, lengths and block tables of up to max_num_seqs rows."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.device = device
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        int32 = {"dtype": torch.int32, "device": device}
+        self.token_ids = torch.zeros((max_num_seqs, max_model_len), **int32)
+        self.num_prompt_tokens = torch.zeros(max_num_seqs, **int32)
+        self.num_tokens = torch.zeros(max_num_seqs, **int32)  # prompt + generated so far
+        self.block_tables = torch.zeros((max_num_seqs, max_blocks), **int32)
+        self.ended = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)  # sampled one of its stop ids
+        self.num_computed: Int32 = np.zeros(max_num_seqs, np.int32)  # host: tokens whose KV is computed or planned
+        self.prompt_lens: Int32 = np.zeros(max_num_seqs, np.int32)  # host
+
+    def apply(self, plan: SchedulerOutput) -> None:
+        """Take in the plan's new rows and blocks."""
+        for new in plan.new_rows:
+            length = len(new.token_ids)
+            self.token_ids[new.row, :length] = self._tensor(new.token_ids)
+            self.num_prompt_tokens[new.row] = new.num_prompt_tokens
+            self.num_tokens[new.row] = length
+            self.ended[new.row] = False
+            self.num_computed[new.row] = new.num_computed_tokens
+            self.prompt_lens[new.row] = new.num_prompt_tokens
+        if len(plan.block_ids):
+            rows, positions = self._tensor(plan.block_rows).long(), self._tensor(plan.block_positions).long()
+            self.block_tables[rows, positions] = self._tensor(plan.block_ids)
+
+    def forward_batch(self, rows: Int32, counts: Int32) -> ForwardBatch:
+        """Input of a pass over the next counts[i] tokens of rows[i]; `advance` must follow."""
+        starts = self.num_computed[rows]
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        flat_rows = np.repeat(rows, counts)
+        flat_positions = np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1] - starts, counts)
+        seq_lens = starts + counts
+        max_seq_len = int(seq_lens.max())
+        row_index = self._tensor(flat_rows).long()
+        positions = self._tensor(flat_positions).long()
+        blocks = self.block_tables[row_index, positions // self.block_size].long()
+        batch_rows = self._tensor(rows).long()
+        attention = AttentionMetadata(
+            cu_seqlens_q=self._tensor(offsets),
+            seq_lens=self._tensor(seq_lens),
+            block_tables=self.block_tables[batch_rows, : -(-max_seq_len // self.block_size)],
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            block_size=self.block_size,
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+        )
+        return ForwardBatch(self.token_ids[row_index, positions].long(), positions, attention)
+
+    def advance(self, rows: Int32, counts: Int32) -> None:
+        """The KV of the next counts[i] tokens of rows[i] is on its way."""
+        self.num_computed[rows] += counts
+
+    def append(self, rows: torch.Tensor, token_ids: torch.Tensor, ended: torch.Tensor) -> None:
+        """Add sampled tokens ([n], of rows [n]) to their rows."""
+        lengths = self.num_tokens[rows].long()
+        self.token_ids[rows, lengths] = token_ids.to(torch.int32)
+        self.num_tokens[rows] += 1
+        self.ended[rows] |= ended
+
+    def _tensor(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)
