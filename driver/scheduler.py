@@ -130,6 +130,12 @@ class Scheduler:
                 request.finish_reason = "abort"
                 self._finish_if_idle(request, self._ended)
 
+    def preempt_all(self) -> None:
+        """Send every running request back to the queue; no plan may be in flight."""
+        assert not self.num_plans_inflight
+        for request in list(self.running):
+            self._preempt(request)
+
     @property
     def num_unfinished(self) -> int:
         """Requests that have not been handed back."""

@@ -1,0 +1,368 @@
+"""Driver: the actor that owns the queue, the scheduler and the ranks. Its process never imports torch.
+
+Scheduler and block pool belong to one plain thread, the step loop. Actor methods run on other threads and only put
+things into its inbox and wait; their order of arrival means nothing, since the client numbers its requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
+from shoal.driver.metrics import EngineMetrics, Metric
+from shoal.driver.model_config import resolve_dtype
+from shoal.driver.request import EngineRequest, FinishedRequest, Request
+from shoal.driver.resolve import (
+    CPU_DECODE_BURST,
+    GPU_DECODE_BURST,
+    ResolvedConfig,
+    check_model_len,
+    count_blocks,
+    pick_device,
+    resolve_budgets,
+)
+from shoal.driver.scheduler import Plan, Scheduler, SchedulerLimits
+from shoal.driver.stop_strings import StopStrings
+from shoal.driver.worker_group import StepChannel, WorkerGroup
+from shoal.workers.config import LoadConfig, WorkerConfig
+from shoal.workers.models.spec import ModelSpec
+from shoal.workers.plan import StepOutput, TokenLogprobs
+
+logger = logging.getLogger("shoal")
+GROUP_TIMEOUT_S = 600.0  # of a collective: a peer that is silent this long counts as dead
+
+
+class EngineDeadError(RuntimeError):
+    """The engine met an error it cannot go on from; make a new one."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """What `collect` gives: finished requests, the mark to acknowledge them with, and how the engine stands."""
+
+    finished: list[FinishedRequest] = field(default_factory=list)
+    mark: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+
+@dataclass(slots=True)
+class _Control:
+    """Something the loop does between steps, with no plan in flight."""
+
+    action: Callable[[], Any]
+    future: Future[Any]
+    when_idle: bool = False  # only once no request is left
+
+
+class Driver:
+    """One replica. Plain class: `RemoteDriver` is the actor."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None, processors: list[Any],
+        env: dict[str, str],
+    ) -> None:
+        self._config, self._spec, self._load, self._env = config, spec, load, env
+        self._processors = processors[0]  # reference to the classes, which only the ranks unpack
+        self._has_processors = bool(processors[1])
+        self._stop_strings = StopStrings(tokenizer_json)
+        self._metrics = EngineMetrics()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._controls: deque[_Control] = deque()
+        self._inflight: deque[Plan] = deque()
+        self._outbox: list[FinishedRequest] = []
+        self._acknowledged = 0  # finished requests that left the outbox
+        self._news = threading.Condition()
+        self._failure: str | None = None
+        self._paused = False
+        self._asleep: set[str] = set()  # "weights", "kv_cache"
+        self._closing = False
+        self._group: WorkerGroup
+        self._channel: StepChannel
+        self._scheduler: Scheduler
+        self._resolved: ResolvedConfig
+        self._thread: threading.Thread | None = None
+
+    # ---- start and stop ----------------------------------------------------------------------------------------
+
+    def start(self) -> ResolvedConfig:
+        """Place the ranks, load the weights, size the cache and begin. Errors of the user's are ValueErrors."""
+        config, spec = self._config, self._spec
+        device = pick_device(config, ray.cluster_resources())
+        spec.check_tensor_parallel(config.tensor_parallel_size)
+        dtype = resolve_dtype(config.dtype, spec, device, self._load.load_format == "gguf")
+        max_model_len = check_model_len(config, spec)
+        self._group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
+        try:
+            resolved = self._set_up(device, dtype, max_model_len)
+        except BaseException:
+            self._group.shutdown()
+            raise
+        self._resolved = resolved
+        self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
+        self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
+        self._thread.start()
+        return resolved
+
+    def _set_up(self, device: str, dtype: str, max_model_len: int) -> ResolvedConfig:
+        config, group = self._config, self._group
+        rows, tokens = resolve_budgets(config, max_model_len, group.probes)
+        threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
+        worker = WorkerConfig(
+            self._spec, self._load, 0, group.world_size, device, dtype, config.block_size, max_model_len, rows, tokens, threads
+        )
+        reports = group.setup([replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S)
+        block_bytes = max(report["block_bytes"] for report in reports)
+        if config.kv_cache_memory_bytes is not None:
+            free = config.kv_cache_memory_bytes
+        elif device == "cpu":
+            free = cpu_kvcache_bytes()
+        else:
+            free = min(group.run("free_kv_bytes", config.gpu_memory_utilization))
+        num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
+        group.run("allocate_kv", num_blocks)
+        self._channel = group.open_channel(config.step_channel)
+        burst = config.decode_burst or (CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST)
+        steady = self._has_processors  # custom processors see every token before the next is planned
+        return ResolvedConfig(
+            self._load.model, self._spec.architecture, device, dtype, group.world_size, max_model_len, rows, tokens,
+            config.block_size, num_blocks, num_blocks * block_bytes, reports[0]["weight_bytes"],
+            max(report["load_s"] for report in reports), 1 if steady else burst,
+            config.lookahead if config.async_scheduling and not steady else 0,
+        )  # fmt: skip
+
+    def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
+        config = self._config
+        return SchedulerLimits(
+            resolved.max_model_len,
+            resolved.max_num_seqs,
+            resolved.max_num_batched_tokens,
+            resolved.num_blocks,
+            resolved.block_size,
+            resolved.decode_burst,
+            config.long_prefill_token_threshold,
+            config.enable_prefix_caching,
+            config.enable_chunked_prefill,
+            config.scheduling_policy == "priority",
+        )
+
+    def shutdown(self) -> None:
+        """End the ranks and give their resources back; requests that run are lost."""
+        self._closing = True
+        if self._thread is not None:
+            self._inbox.put(None)
+            self._thread.join(timeout=30)
+            self._group.shutdown()
+
+    # ---- called by clients, on any thread ----------------------------------------------------------------------
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Queue requests."""
+        self._check_alive()
+        if self._asleep:
+            raise RuntimeError("the engine sleeps: call wake_up() first")
+        self._inbox.put(requests)
+
+    def collect(self, mark: int, timeout: float) -> Collected:
+        """Finished requests, as soon as there are any or after `timeout` seconds. They are kept until the caller gives
+        their mark back, so an interrupted call takes nothing away from the next."""
+        with self._news:
+            del self._outbox[: max(0, mark - self._acknowledged)]
+            self._acknowledged = max(mark, self._acknowledged)
+            self._news.wait_for(lambda: self._outbox or self._failure, timeout)
+            finished = list(self._outbox)
+            mark = self._acknowledged + len(finished)
+        if not finished:
+            self._check_alive()
+        scheduler = self._scheduler
+        pool = scheduler.kv.pool
+        return Collected(finished, mark, len(scheduler.running), scheduler.num_waiting, pool.num_used / pool.num_blocks)
+
+    def abort(self, numbers: list[int]) -> None:
+        """End these requests; when this returns they are gone and none of them will be collected."""
+        gone = set(numbers)
+
+        def action() -> None:
+            self._scheduler.abort(numbers)
+            self._publish(self._scheduler.take_ended())
+            with self._news:
+                kept = [f for f in self._outbox if f.number not in gone]
+                self._outbox, self._acknowledged = kept, self._acknowledged + len(self._outbox) - len(kept)
+
+        self._control(action)
+
+    def call_workers(self, payload: list[Any], timeout: float | None) -> list[Any]:
+        """A call on every rank; `payload` holds a reference, and references come back: nothing is unpacked here."""
+        return list(self._control(lambda: self._group.run_payload(payload[0], timeout)))
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget cached prefixes. False while blocks are held, unless running requests are to start over."""
+
+        def action() -> bool:
+            if reset_running_requests:
+                self._scheduler.preempt_all()
+            return self._scheduler.kv.reset()
+
+        return bool(self._control(action))
+
+    def sleep(self, level: int, mode: str) -> None:
+        """Level 0: stop scheduling. 1 and 2: also give KV and weights back, once `mode` has dealt with requests."""
+        if mode == "abort":
+            self._control(lambda: self._scheduler.abort(self._scheduler.unfinished_numbers()))
+
+        def action() -> None:
+            self._paused = True
+            if level == 0:
+                return
+            self._scheduler.preempt_all()
+            self._scheduler.kv.reset()
+            self._group.run("sleep", level)
+            self._asleep = {"weights", "kv_cache"}
+
+        self._control(action, when_idle=mode == "wait")
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """Bring back what `sleep` gave away; scheduling goes on once everything is there."""
+        wanted = {"weights", "kv_cache", "scheduling"} if tags is None else set(tags)
+
+        def action() -> None:
+            back = wanted & self._asleep
+            if back:
+                self._group.run("wake_up", tuple(sorted(back)))
+                self._asleep -= back
+            if not self._asleep and (tags is None or "scheduling" in wanted or back):
+                self._paused = False
+
+        self._control(action)
+
+    def metrics(self) -> list[Metric]:
+        """Counts and distributions since the start."""
+        return list(self._control(lambda: self._metrics.read(self._scheduler)))
+
+    def _control(self, action: Callable[[], Any], when_idle: bool = False) -> Any:
+        self._check_alive()
+        control = _Control(action, Future(), when_idle)
+        self._inbox.put(control)
+        return control.future.result()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine is dead: {self._failure}")
+
+    # ---- the step loop -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._step()
+        except Exception as error:  # nothing may end this thread silently: every waiting caller must hear of it
+            logger.error("the step loop failed:\n%s", traceback.format_exc())
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _step(self) -> None:
+        """Schedule → execute → update. Ranks execute while the next plans are made and older results are taken."""
+        self._take_inbox()
+        scheduler = self._scheduler
+        while self._may_schedule() and (plan := scheduler.schedule()) is not None:
+            self._channel.send(plan.output.step_id, plan.output.encode())
+            self._inflight.append(plan)
+        finished = scheduler.take_ended()
+        if self._inflight:
+            output = StepOutput.decode(self._channel.receive())
+            finished += scheduler.update(self._inflight.popleft(), output)
+        self._publish(finished)
+        self._run_controls()
+
+    def _may_schedule(self) -> bool:
+        return len(self._inflight) <= self._resolved.lookahead and not self._paused and not self._controls_due()
+
+    def _take_inbox(self) -> None:
+        """Everything that has come in; waits when there is nothing else to do."""
+        idle = not self._inflight and not self._controls_due() and (self._paused or not self._scheduler.num_unfinished)
+        while idle or not self._inbox.empty():
+            item = self._inbox.get()
+            idle = False
+            if isinstance(item, _Control):
+                self._controls.append(item)
+            elif item is not None:
+                for request in item:
+                    self._scheduler.add(request)
+
+    def _controls_due(self) -> bool:
+        return bool(self._controls) and not (self._controls[0].when_idle and self._scheduler.num_unfinished)
+
+    def _run_controls(self) -> None:
+        while self._controls_due() and not self._inflight:
+            control = self._controls.popleft()
+            try:
+                control.future.set_result(control.action())
+            except Exception as error:  # belongs to the caller
+                control.future.set_exception(error)
+            self._publish(self._scheduler.take_ended())
+
+    def _publish(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        results = []
+        for request in requests:
+            self._metrics.finished(request)
+            self._stop_strings.forget(request)
+            results.append(_finished(request))
+        with self._news:
+            self._outbox += results
+            self._news.notify_all()
+
+    def _fail(self, reason: str) -> None:
+        with self._news:
+            self._failure = reason
+            self._news.notify_all()
+        self._group.shutdown()
+        waiting = list(self._controls)
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            waiting += [item] if isinstance(item, _Control) else []
+        for control in waiting:
+            control.future.set_exception(EngineDeadError(f"the engine is dead: {reason}"))
+
+
+def _finished(request: Request) -> FinishedRequest:
+    """What the client gets of a request."""
+    failed = request.finish_reason == "error"
+    prompt_parts = [request.prompt_logprobs[start] for start in sorted(request.prompt_logprobs)]
+    return FinishedRequest(
+        number=request.source.number,
+        token_ids=request.token_ids[request.num_prompt_tokens :],
+        finish_reason=request.finish_reason or "error",
+        stop_reason=request.stop_reason,
+        stop_text=None if failed else request.stop_text,
+        error=request.stop_text if failed else None,
+        num_cached_tokens=request.num_cached_tokens,
+        logprobs=_join(request.logprobs),
+        prompt_logprobs=_join(prompt_parts),
+        metrics=request.stats,
+    )
+
+
+def _join(parts: list[TokenLogprobs]) -> TokenLogprobs | None:
+    if not parts:
+        return None
+    return TokenLogprobs(
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.logprobs for p in parts]),
+        np.concatenate([p.ranks for p in parts]),
+    )
+
+
+RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(Driver)

@@ -1,0 +1,140 @@
+"""The client's end of a replica: finds or starts Ray, creates the driver actor, and speaks to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from shoal.driver.actor import Collected, RemoteDriver
+from shoal.driver.config import EngineConfig
+from shoal.driver.resolve import ResolvedConfig, check_model_len
+
+if TYPE_CHECKING:
+    from shoal.driver.metrics import Metric
+    from shoal.driver.model_config import ResolvedModel
+    from shoal.driver.request import EngineRequest
+
+# Settings of the user's environment that the ranks' processes need, wherever they run.
+_ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+_started_ray = False  # by this module, in this process
+_num_engines = 0
+
+
+def connect(address: str | None) -> None:
+    """Use the Ray this process already has; else join `address` or RAY_ADDRESS; else start a local one.
+
+    Never the guess of a bare `ray.init()`, which reads an address from a file and can hang on a stale one.
+    """
+    global _started_ray
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None and address != "local":
+        ray.init(address=address, logging_level="WARNING")
+        return
+    ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+    _started_ray = True
+
+
+def ask(reference: Any) -> Any:
+    """`ray.get`, with the driver's own exception in place of Ray's wrapping of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        if isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
+            cause = cause.cause  # raised in a rank and passed on by the driver
+        raise cause from None
+
+
+class Engine:
+    """One replica, seen from the client. Every method raises EngineDeadError once the replica is dead."""
+
+    def __init__(self, driver: Any, resolved: ResolvedConfig) -> None:
+        global _num_engines
+        _num_engines += 1
+        self._driver: Any = driver
+        self._mark = 0
+        self.resolved = resolved
+
+    @classmethod
+    def start(cls, config: EngineConfig, model: ResolvedModel, tokenizer_json: str | None) -> Engine:
+        """Create the replica and wait until it is ready."""
+        check_model_len(config, model.spec)
+        connect(config.address)
+        env = {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)}
+        # What may need torch to unpack travels as a reference; the driver passes it on to the ranks.
+        processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
+        plain = config.model_copy(update={"hf_overrides": None, "logits_processors": []})
+        driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(
+            plain, model.spec, model.load, tokenizer_json, processors, env
+        )
+        try:
+            resolved = ask(driver.start.remote())
+        except BaseException:
+            ray.kill(driver)
+            _stop_ray_if_last()
+            raise
+        return cls(driver, resolved)
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Queue requests."""
+        ask(self._driver.submit.remote(requests))
+
+    def collect(self, timeout: float) -> Collected:
+        """Finished requests, as soon as there are any or after `timeout` seconds."""
+        collected: Collected = ask(self._driver.collect.remote(self._mark, timeout))
+        self._mark = collected.mark
+        return collected
+
+    def abort(self, numbers: list[int]) -> None:
+        """End these requests; none of them comes out of a later `collect`."""
+        if numbers:
+            ask(self._driver.abort.remote(numbers))
+
+    def call_workers(
+        self, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """A method of Worker or ModelRunner (by name), or a function of the Worker, on every rank; in rank order."""
+        payload = [ray.put((method, args, kwargs))]
+        return [ask(reference) for reference in ask(self._driver.call_workers.remote(payload, timeout))]
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget cached prefixes; False while blocks are held."""
+        return bool(ask(self._driver.reset_prefix_cache.remote(reset_running_requests)))
+
+    def sleep(self, level: int, mode: str) -> None:
+        """See Driver.sleep."""
+        ask(self._driver.sleep.remote(level, mode))
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        """See Driver.wake_up."""
+        ask(self._driver.wake_up.remote(tags))
+
+    def metrics(self) -> list[Metric]:
+        """Counts and distributions since the start."""
+        return list(ask(self._driver.metrics.remote()))
+
+    def shutdown(self) -> None:
+        """End driver and ranks, give their resources back, and stop Ray if this module started it for the last engine."""
+        global _num_engines
+        if self._driver is None:
+            return
+        driver, self._driver = self._driver, None
+        _num_engines -= 1
+        if ray.is_initialized():
+            with contextlib.suppress(ray.exceptions.RayError):  # a driver that died has nothing left to give back
+                ray.get(driver.shutdown.remote(), timeout=60)
+            ray.kill(driver)
+        _stop_ray_if_last()
+
+
+def _stop_ray_if_last() -> None:
+    global _started_ray
+    if _started_ray and _num_engines == 0:
+        ray.shutdown()
+        _started_ray = False
