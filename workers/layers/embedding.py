@@ -1,0 +1,80 @@
+"""Token embeddings and the output head, split over the ranks by vocabulary; learned positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from shoal.workers.layers.parameter import WeightParameter, check_shape, copy_into, load_replicated
+
+if TYPE_CHECKING:
+    from shoal.workers.loading.base import TensorSource
+    from shoal.workers.parallel import TensorParallel
+
+VOCAB_ALIGNMENT = 64  # rows of a rank's part are a multiple: any vocabulary splits, and GPUs get aligned matrices
+
+
+class VocabParallelEmbedding(torch.nn.Module):
+    """Rows of the embedding table, padded so that each rank holds the same number; padding is zero."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.embedding_dim = embedding_dim
+        unit = VOCAB_ALIGNMENT * tp.world_size
+        self.rows = -(-vocab_size // unit) * VOCAB_ALIGNMENT
+        self.first = tp.rank * self.rows
+        self.weight = WeightParameter((self.rows, embedding_dim), self._load)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [num_tokens] -> [num_tokens, embedding_dim], the same on every rank. Ids are < vocab_size."""
+        if self.tp.world_size == 1:
+            return embedding(input_ids, self.weight)
+        local = input_ids - self.first
+        foreign = (local < 0) | (local >= self.rows)
+        output = embedding(local.masked_fill(foreign, 0), self.weight)
+        return self.tp.all_reduce(output.masked_fill(foreign.unsqueeze(-1), 0.0))
+
+    def _load(self, param: WeightParameter, source: TensorSource, shard_id: int | None) -> None:
+        assert shard_id is None
+        check_shape(source, (self.vocab_size, self.embedding_dim))
+        length = max(0, min(self.rows, self.vocab_size - self.first))
+        if length:
+            copy_into(param[:length], source.narrow(0, self.first, length))
+        param.data[length:].zero_()
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """The output projection: the same split of the vocabulary; `tie` shares an embedding's weights."""
+
+    def __init__(
+        self, vocab_size: int, embedding_dim: int, tp: TensorParallel, *, tie: VocabParallelEmbedding | None = None
+    ) -> None:
+        if tie is None:
+            super().__init__(vocab_size, embedding_dim, tp)
+            return
+        torch.nn.Module.__init__(self)
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.embedding_dim = embedding_dim
+        self.rows, self.first, self.weight = tie.rows, tie.first, tie.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, embedding_dim] -> logits [n, vocab_size], whole on every rank."""
+        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size]
+
+
+class LearnedPositions(torch.nn.Module):
+    """A table of positions, looked up at position + offset."""
+
+    def __init__(self, num_positions: int, embedding_dim: int, *, offset: int = 0) -> None:
+        super().__init__()
+        self.offset = offset
+        self.weight = WeightParameter((num_positions + offset, embedding_dim), load_replicated)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """int64 [num_tokens] -> [num_tokens, embedding_dim]."""
+        return embedding(positions + self.offset, self.weight)

@@ -1,0 +1,138 @@
+"""The blocks that Llama and its relatives share: rotary attention, gated MLP, pre-norm layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from shoal.kernels.ops.rotary import rotary
+from shoal.workers.layers.activation import GatedActivation
+from shoal.workers.layers.attention import Attention
+from shoal.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from shoal.workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from shoal.workers.layers.norm import RMSNorm
+from shoal.workers.layers.rotary import RotaryEmbedding
+from shoal.workers.models.base import Model
+
+if TYPE_CHECKING:
+    from shoal.workers.batch import AttentionMetadata, ForwardBatch
+    from shoal.workers.models.spec import ModelSpec
+    from shoal.workers.parallel import TensorParallel
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class RotaryAttention(torch.nn.Module):
+    """Self-attention with rotary positions. Families that normalize heads override `normalize`."""
+
+    def __init__(self, spec: ModelSpec, layer: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads // tp.world_size
+        self.num_kv_heads = spec.num_kv_heads_per_rank(tp.world_size)
+        self.head_dim = spec.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            spec.hidden_size, spec.head_dim, spec.num_heads, spec.num_kv_heads, tp, bias=spec.attention_bias
+        )
+        self.o_proj = RowParallelLinear(spec.num_heads * spec.head_dim, spec.hidden_size, tp, bias=spec.attention_bias)
+        self.attn = Attention(self.num_heads, self.num_kv_heads, spec.head_dim, spec.layer_attention_scale(layer))
+
+    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hook between projection and rotation: [T, heads, D] each."""
+        return query, key
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        query, key, value = self.qkv_proj.split(self.qkv_proj(x))
+        query, key = self.normalize(
+            query.view(-1, self.num_heads, self.head_dim), key.view(-1, self.num_kv_heads, self.head_dim)
+        )
+        query, key = rotary(query, key, *rotation)
+        output: torch.Tensor = self.o_proj(self.attn(query.flatten(1), key.flatten(1), value, metadata, kv_cache))
+        return output
+
+
+class GatedMLP(torch.nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
+        super().__init__()
+        size = spec.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(spec.hidden_size, [size, size], tp, bias=spec.mlp_bias)
+        self.act = GatedActivation(spec.activation)
+        self.down_proj = RowParallelLinear(size, spec.hidden_size, tp, bias=spec.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        output: torch.Tensor = self.down_proj(self.act(self.gate_up_proj(x)))
+        return output
+
+
+class DecoderLayer(torch.nn.Module):
+    """Pre-norm layer. The residual travels beside x, so that each norm adds and normalizes in one op."""
+
+    attention_class: ClassVar[type[RotaryAttention]] = RotaryAttention
+
+    def __init__(self, spec: ModelSpec, layer: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.self_attn = self.attention_class(spec, layer, tp)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp = GatedMLP(spec, tp)
+        self.residual_multiplier = spec.residual_multiplier
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) -> (this layer's last addend, the residual without it)."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm.add(x, residual)
+        x = self._scaled(self.self_attn(x, rotation, metadata, kv_cache))
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self._scaled(self.mlp(x)), residual
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+
+
+class DecoderModel(Model):
+    """Embedding, layers, norm, head. A family names its layer class and its packed modules."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
+    packed_modules_mapping = {  # noqa: RUF012 (declared ClassVar in Model)
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    checkpoint_prefixes = ("model.",)
+    ignored_weights = (r"rotary_emb\.inv_freq$",)
+
+    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
+        super().__init__(spec, tp)
+        assert spec.rope is not None
+        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        self.rotary_emb = RotaryEmbedding(spec.rope, spec.head_dim)
+        self.layers = torch.nn.ModuleList(self.layer_class(spec, layer, tp) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        tie = self.embed_tokens if spec.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, tp, tie=tie)
+
+    def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See Model.forward."""
+        x = self.embed_tokens(batch.input_ids)
+        if self.spec.embedding_multiplier != 1.0:
+            x = x * self.spec.embedding_multiplier
+        rotation = self.rotary_emb(batch.positions)
+        residual = None
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            x, residual = layer(x, residual, rotation, batch.attention, cache)
+        return x if residual is None else self.norm.add(x, residual)[0]

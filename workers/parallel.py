@@ -1,0 +1,59 @@
+"""TensorParallel: the ranks that share each layer, and what they tell each other."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class TensorParallel:
+    """This rank's place among the ranks, passed to each layer. Alone (world_size 1) it does nothing."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+
+    @classmethod
+    def init(cls, rank: int, world_size: int, init_method: str, device: str, timeout_s: float) -> TensorParallel:
+        """Join the process group: gloo for device "cpu", NCCL for "cuda". Alone, no group is made.
+
+        `init_method` is torch's ("tcp://host:port", "file:///path"). A rank that waits longer than `timeout_s` for the
+        others, here or in a collective, raises (NCCL: its watchdog ends the process).
+        """
+        if world_size == 1:
+            return cls()
+        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return cls(rank, world_size, dist.group.WORLD)
+
+    def destroy(self) -> None:
+        """Leave the process group; safe to call twice."""
+        if self.group is not None:
+            self.group = None
+            dist.destroy_process_group()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, any shape. The input may be overwritten."""
+        if self.world_size > 1:
+            tensor = tensor.contiguous()
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The ranks' tensors (equal shapes) side by side along `dim`, in rank order."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
