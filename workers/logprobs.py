@@ -1,0 +1,121 @@
+"""Log-probabilities of tokens, from the model's untouched logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.ops.sampling import top_candidates
+from shoal.workers.plan import TokenLogprobs
+
+_CPU_CHUNK = 1 << 20  # elements of the float32 buffer
+_DEVICE_CHUNK = 1 << 24  # 64 MiB of float32, and as much as 192 MiB for the ordering
+
+
+@dataclass(slots=True)
+class LogprobRequest:
+    """Rows of one batch that want logprobs and share a width."""
+
+    places: list[int]  # among the batch's rows
+    index: Tensor  # the same on the device, int64 [m]
+    counts: list[int]  # best ids each row wants
+    width: int  # the largest of them
+
+
+@dataclass(slots=True)
+class LogprobEntries:
+    """TokenLogprobs on the device."""
+
+    ids: Tensor  # int32 [m, k + 1]
+    logprobs: Tensor  # float32 [m, k + 1]
+    ranks: Tensor  # int32 [m]
+
+    def to_host(self) -> TokenLogprobs:
+        """The same as numpy arrays; waits for the device."""
+        return TokenLogprobs(self.ids.cpu().numpy(), self.logprobs.cpu().numpy(), self.ranks.cpu().numpy())
+
+
+@dataclass(slots=True)
+class LogprobsTensors:
+    """Logprobs of one step's tokens, still on the device."""
+
+    parts: list[tuple[LogprobRequest, LogprobEntries]]
+
+    def to_host(self) -> dict[int, TokenLogprobs]:
+        """By place among the batch's rows: one token's entries, as many as the row wants. Waits for the device."""
+        found = {}
+        for request, entries in self.parts:
+            host = entries.to_host()
+            for i, (place, count) in enumerate(zip(request.places, request.counts, strict=True)):
+                rows, columns = slice(i, i + 1), slice(count + 1)
+                found[place] = TokenLogprobs(host.ids[rows, columns], host.logprobs[rows, columns], host.ranks[rows])
+        return found
+
+
+def plan_requests(wanted: list[tuple[int, int]], vocab_size: int, device: torch.device) -> list[LogprobRequest]:
+    """Groups (place, number wanted; -1 for all) so that rows wanting a few do not pay for rows wanting everything."""
+    groups: dict[bool, list[tuple[int, int]]] = {}
+    for place, count in wanted:
+        resolved = vocab_size if count == -1 else min(count, vocab_size)
+        groups.setdefault(resolved == vocab_size, []).append((place, resolved))
+    requests = []
+    for members in groups.values():
+        places = [place for place, _ in members]
+        counts = [count for _, count in members]
+        index = torch.tensor(places, dtype=torch.int64).to(device)
+        requests.append(LogprobRequest(places, index, counts, max(counts)))
+    return requests
+
+
+def gather_logprobs(logits: Tensor, token_ids: Tensor, requests: list[LogprobRequest]) -> LogprobsTensors:
+    """Logprobs of `token_ids` (int64 [n]) under `logits` ([n, vocab], any float dtype), for the rows that asked."""
+    parts = []
+    for request in requests:
+        chosen = token_ids[request.index]
+        entries = _score(logits, request.index, chosen, request.width)
+        # A column beyond what its row wants is unused.
+        limits = torch.tensor(request.counts, device=chosen.device).unsqueeze(1)
+        unused = torch.arange(request.width + 1, device=chosen.device) > limits
+        entries.ids.masked_fill_(unused, -1)
+        parts.append((request, entries))
+    return LogprobsTensors(parts)
+
+
+def score_tokens(logits: Tensor, target_ids: Tensor, k: int) -> LogprobEntries:
+    """Logprobs of target_ids (int64 [m]) and of the k best ids (-1: all) of each row of logits [m, vocab]."""
+    vocab_size = logits.shape[1]
+    return _score(logits, None, target_ids, vocab_size if k == -1 else min(k, vocab_size))
+
+
+def _score(logits: Tensor, index: Tensor | None, target_ids: Tensor, width: int) -> LogprobEntries:
+    """Entries for rows `index` (None: all of them) of logits, a bounded number of rows at a time."""
+    num_rows = target_ids.shape[0]
+    entries = LogprobEntries(
+        torch.empty(num_rows, width + 1, dtype=torch.int32, device=logits.device),
+        torch.empty(num_rows, width + 1, dtype=torch.float32, device=logits.device),
+        torch.empty(num_rows, dtype=torch.int32, device=logits.device),
+    )
+    for rows in _chunks(num_rows, logits):
+        raw = (logits[rows] if index is None else logits[index[rows]]).to(torch.float32)
+        targets = target_ids[rows].unsqueeze(1)
+        logprobs = raw.log_softmax(dim=-1)
+        chosen = logprobs.gather(1, targets)
+        entries.ids[rows, :1] = targets.to(torch.int32)
+        entries.logprobs[rows, :1] = chosen
+        entries.ranks[rows] = (logprobs >= chosen).sum(dim=-1, dtype=torch.int32)
+        if width:
+            # Ordered by logits: rounding can make equal logprobs of different logits.
+            best = top_candidates(raw, width)[1]
+            entries.ids[rows, 1:] = best.to(torch.int32)
+            entries.logprobs[rows, 1:] = logprobs.gather(1, best)
+    return entries
+
+
+def _chunks(num_rows: int, logits: Tensor) -> Iterator[slice]:
+    limit = _CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, limit // logits.shape[1])
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
