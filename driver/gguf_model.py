@@ -43,32 +43,18 @@ class _Fields:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
+        self.integer = file.integer
 
     def has_tensor(self, name: str) -> bool:
         return name in self.file.tensors
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._value(key, default)
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise ValueError(f"{self.file.path}: {key} differs between layers, which is not supported: {value}")
-            value = value[0]
-        return int(value)
-
     def number(self, key: str, default: float | None = None) -> float:
         """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
-        value = float(self._value(key, default))
+        value = float(self.file.value(key, default))
         return next((short for n in range(6, 10) if _float32(short := float(f"{value:.{n}g}")) == value), value)
 
     def text(self, key: str, default: str) -> str:
-        return str(self._value(key, default))
-
-    def _value(self, key: str, default: Any) -> Any:
-        full = f"{self.file.architecture}.{key}"
-        value = self.file.metadata.get(full, default)
-        if value is None:
-            raise ValueError(f"{self.file.path} does not state {full}")
-        return value
+        return str(self.file.value(key, default))
 
 
 def _llama_like(fields: _Fields, model_type: str, architecture: str) -> dict[str, Any]:

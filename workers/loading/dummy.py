@@ -46,7 +46,7 @@ def _fill(name: str, parameter: torch.Tensor, seed: int) -> None:
 
     # A stream per name: a parameter's values do not move when another one is added before it.
     generator = torch.Generator(device=parameter.device)
-    generator.manual_seed(((seed << 32) ^ zlib.crc32(name.encode())) & 0x7FFF_FFFF_FFFF_FFFF)
+    generator.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))  # the CPU generator looks at 32 bits only
     if parameter.dim() > 1:
         parameter.uniform_(-MATRIX_RANGE, MATRIX_RANGE, generator=generator)
     elif name.endswith("bias"):

@@ -189,11 +189,11 @@ def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _permuted_heads(file: GgufFile, name: str) -> int | None:
     """How many heads a q or k projection has; None for all others."""
-    heads = int(file.metadata[f"{file.architecture}.attention.head_count"])
+    heads = file.integer("attention.head_count")
     if ".q_proj." in name:
         return heads
     if ".k_proj." in name:
-        return int(file.metadata.get(f"{file.architecture}.attention.head_count_kv", heads))
+        return file.integer("attention.head_count_kv", heads)
     return None
 
 
@@ -201,7 +201,7 @@ def _checkpoint_names(file: GgufFile, layout: GgufLayout) -> dict[str, str]:
     """Module name in the file -> module name in the checkpoint."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    layers = int(file.metadata[f"{file.architecture}.block_count"])
+    layers = file.integer("block_count")
     (arch,) = (arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     table = get_tensor_name_map(arch, layers)
     names: dict[str, str] = {}

@@ -44,6 +44,24 @@ class GgufFile:
         """general.architecture, such as "llama"."""
         return str(self.metadata["general.architecture"])
 
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The number `key` under the architecture's own prefix.
+
+        Raises ValueError, naming the file, when it is not stated, or differs between layers.
+        """
+        value = self.value(key, default)
+        values = value if isinstance(value, list) else [value]
+        if len(set(values)) != 1:
+            raise ValueError(f"{self.path}: {key} differs between layers, which is not supported: {value}")
+        return int(values[0])
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """What `key` under the architecture's own prefix says; ValueError when it is absent and has no default."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise ValueError(f"{self.path} does not state {self.architecture}.{key}")
+        return value
+
 
 def read_gguf(path: str | Path) -> GgufFile:
     """Parse the header of `path`.
@@ -53,9 +71,11 @@ def read_gguf(path: str | Path) -> GgufFile:
     """
     path = Path(path)
     try:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is no GGUF file: it is empty")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             parsed = _parse(path, data)
-    except (struct.error, UnicodeDecodeError, OverflowError) as error:
+    except (struct.error, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no valid GGUF file: its header is cut short or corrupt ({error})") from error
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error

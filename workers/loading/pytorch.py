@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -34,14 +35,14 @@ class PytorchFile:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """name -> tensor. ValueError naming the file when it is corrupt, holds code, or is no state dict."""
-        if self._tensors is None or (self.mapped and self._read > REMAP_BYTES):
+        if self._tensors is None or (self.mapped and self._read >= REMAP_BYTES):
             self._tensors, self._read = None, 0
             self._tensors = self._load()
         return self._tensors
 
-    def count(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, its bytes counted as read."""
-        self._read += tensor.numel() * tensor.element_size()
+    def count(self, tensor: torch.Tensor, touched: int) -> torch.Tensor:
+        """The tensor; `touched` entries of its file are counted as read."""
+        self._read += touched * tensor.element_size()
         return tensor
 
     def _load(self) -> dict[str, torch.Tensor]:
@@ -73,11 +74,13 @@ class PytorchSource:
 
     def load(self) -> torch.Tensor:
         """The whole tensor, in the file's dtype."""
-        return self.file.count(self.file.tensors()[self.name])
+        return self.file.count(self.file.tensors()[self.name], math.prod(self.shape))
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """Entries [start, start + length) along `dim`; only they are read when the file is mapped."""
-        return self.file.count(self.file.tensors()[self.name].narrow(dim, start, length))
+        part = self.file.tensors()[self.name].narrow(dim, start, length)
+        # A slice of each row touches the pages of all rows.
+        return self.file.count(part, part.numel() if dim == 0 else math.prod(self.shape))
 
 
 class PytorchLoader(Loader):

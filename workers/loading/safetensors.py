@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class SafetensorsFile:
         """The reader. ValueError naming the file and the reason when it is corrupt or cut short."""
         import safetensors
 
-        if self._file is None or self._read > REMAP_BYTES:
+        if self._file is None or self._read >= REMAP_BYTES:
             self._read = 0
             try:
                 self._file = safetensors.safe_open(str(self.path), framework="pt", device="cpu")
@@ -42,9 +43,14 @@ class SafetensorsFile:
                 raise ValueError(f"cannot read {self.path}: {error}; the file is corrupt or incomplete") from error
         return self._file
 
-    def count(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, its bytes counted as read."""
-        self._read += tensor.numel() * tensor.element_size()
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """name -> shape of every tensor."""
+        reader = self.open()
+        return {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118 (no mapping)
+
+    def count(self, tensor: torch.Tensor, touched: int) -> torch.Tensor:
+        """The tensor; `touched` entries of its file are counted as read."""
+        self._read += touched * tensor.element_size()
         return tensor
 
 
@@ -58,13 +64,15 @@ class SafetensorsSource:
 
     def load(self) -> torch.Tensor:
         """The whole tensor, in the file's dtype."""
-        return self.file.count(self.file.open().get_tensor(self.name))
+        return self.file.count(self.file.open().get_tensor(self.name), math.prod(self.shape))
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """Entries [start, start + length) along `dim`; only they are read."""
         assert 0 <= start <= start + length <= self.shape[dim], (self.name, self.shape, dim, start, length)
         where = (slice(None),) * (dim % len(self.shape)) + (slice(start, start + length),)
-        return self.file.count(self.file.open().get_slice(self.name)[where])
+        part = self.file.open().get_slice(self.name)[where]
+        # A slice of each row touches the pages of all rows.
+        return self.file.count(part, part.numel() if dim == 0 else math.prod(self.shape))
 
 
 class SafetensorsLoader(Loader):
@@ -74,12 +82,12 @@ class SafetensorsLoader(Loader):
         found = find_weights(Path(load.model), "safetensors")
         for path in found.paths:
             file = SafetensorsFile(path)
-            reader = file.open()
-            names = list(reader.keys())
+            shapes = file.shapes()
             if found.weight_map is not None:
-                present, names = set(names), [name for name, at in found.weight_map.items() if at == path.name]
-                absent = [name for name in names if name not in present]
+                wanted = [name for name, at in found.weight_map.items() if at == path.name]
+                absent = [name for name in wanted if name not in shapes]
                 if absent:
                     raise ValueError(f"{path} lacks {absent[0]!r}, which {found.index} says it holds")
-            for name in names:
-                yield SafetensorsSource(name, tuple(reader.get_slice(name).get_shape()), file)
+                shapes = {name: shapes[name] for name in wanted}
+            for name, shape in shapes.items():
+                yield SafetensorsSource(name, shape, file)
