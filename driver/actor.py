@@ -7,6 +7,7 @@ things into its inbox and wait; their order of arrival means nothing, since the 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import traceback
@@ -71,7 +72,12 @@ class Driver:
     """One replica. Plain class: `RemoteDriver` is the actor."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None, processors: list[Any],
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        load: LoadConfig,
+        tokenizer_json: str | None,
+        processors: list[Any],
         env: dict[str, str],
     ) -> None:
         self._config, self._spec, self._load, self._env = config, spec, load, env
@@ -121,9 +127,21 @@ class Driver:
         rows, tokens = resolve_budgets(config, max_model_len, group.probes)
         threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
         worker = WorkerConfig(
-            self._spec, self._load, 0, group.world_size, device, dtype, config.block_size, max_model_len, rows, tokens, threads
+            self._spec,
+            self._load,
+            0,
+            group.world_size,
+            device,
+            dtype,
+            config.block_size,
+            max_model_len,
+            rows,
+            tokens,
+            threads,
         )
-        reports = group.setup([replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S)
+        reports = group.setup(
+            [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S
+        )
         block_bytes = max(report["block_bytes"] for report in reports)
         if config.kv_cache_memory_bytes is not None:
             free = config.kv_cache_memory_bytes
@@ -246,6 +264,10 @@ class Driver:
                 self._paused = False
 
         self._control(action)
+
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
 
     def metrics(self) -> list[Metric]:
         """Counts and distributions since the start."""

@@ -180,10 +180,7 @@ class KVCacheManager:
         known = request.block_hashes
         size = self.block_size
         for index in range(len(known), count):
-            if index:
-                parent = known[-1]
-            else:
-                parent = _ROOT + (request.source.cache_salt or "").encode()
+            parent = known[-1] if index else _ROOT + (request.source.cache_salt or "").encode()
             ids = array("i", request.token_ids[index * size : (index + 1) * size]).tobytes()
             known.append(hashlib.sha256(parent + ids).digest())
         return known[:count]

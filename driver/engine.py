@@ -115,12 +115,16 @@ class Engine:
         """See Driver.wake_up."""
         ask(self._driver.wake_up.remote(tags))
 
+    def driver_pid(self) -> int:
+        """Process id of the driver actor, on its node."""
+        return int(ask(self._driver.pid.remote()))
+
     def metrics(self) -> list[Metric]:
         """Counts and distributions since the start."""
         return list(ask(self._driver.metrics.remote()))
 
     def shutdown(self) -> None:
-        """End driver and ranks, give their resources back, and stop Ray if this module started it for the last engine."""
+        """End driver and ranks and give their resources back; stop Ray if this module started it and no engine is left."""
         global _num_engines
         if self._driver is None:
             return

@@ -131,4 +131,3 @@ class Request:
     def finished(self) -> bool:
         """True once it has its finish_reason; its blocks may still be held by plans in flight."""
         return self.finish_reason is not None
-

@@ -46,7 +46,7 @@ class ResolvedConfig:
     def __str__(self) -> str:
         concurrency = self.kv_cache_tokens / self.max_model_len
         return (
-            f"{self.architecture} {self.dtype} on {self.tensor_parallel_size} × {self.device}; "
+            f"{self.architecture} {self.dtype} on {self.tensor_parallel_size} {self.device} rank(s); "
             f"weights {self.weight_bytes / GIB:.2f} GiB a rank, loaded in {self.load_s:.1f} s; "
             f"KV cache size: {self.kv_cache_tokens:,} tokens ({self.kv_cache_bytes / GIB:.2f} GiB a rank); "
             f"maximum concurrency for {self.max_model_len:,} tokens per request: {concurrency:.2f}x; "
@@ -62,8 +62,8 @@ def check_model_len(config: EngineConfig, spec: ModelSpec) -> int:
         return derived
     if asked > derived and os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") != "1":
         raise ValueError(
-            f"User-specified max_model_len ({asked}) is greater than the derived max_model_len ({derived}, from the model's "
-            "config). To allow overriding this maximum, set the env var VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+            f"User-specified max_model_len ({asked}) is greater than the derived max_model_len ({derived}, from the "
+            "model's config). To allow overriding this maximum, set the env var VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
         )
     return asked
 
@@ -93,8 +93,9 @@ def resolve_budgets(config: EngineConfig, max_model_len: int, probes: list[dict[
             tokens = max(tokens, max_model_len)
     elif not config.enable_chunked_prefill and tokens < max_model_len:
         raise ValueError(
-            f"max_num_batched_tokens ({tokens}) is smaller than max_model_len ({max_model_len}) and enable_chunked_prefill is "
-            "off: a prompt must fit one step. Increase max_num_batched_tokens or decrease max_model_len."
+            f"max_num_batched_tokens ({tokens}) is smaller than max_model_len ({max_model_len}) and "
+            "enable_chunked_prefill is off: a prompt must fit one step. Increase max_num_batched_tokens or decrease "
+            "max_model_len."
         )
     return rows, min(tokens, rows * max_model_len)
 
@@ -109,17 +110,17 @@ def count_blocks(config: EngineConfig, free_bytes: int, block_bytes: int, max_mo
     tokens = num_blocks * config.block_size
     if num_blocks < 1:
         raise ValueError(
-            f"No available memory for the cache blocks: {free_bytes / GIB:.3f} GiB are left for the KV cache and one block takes "
-            f"{block_bytes / GIB:.6f} GiB. {_KNOBS}"
+            f"No available memory for the cache blocks: {free_bytes / GIB:.3f} GiB are left for the KV cache and one "
+            f"block takes {block_bytes / GIB:.6f} GiB. {_KNOBS}"
         )
     if config.max_model_len == -1:
         return num_blocks, min(max_model_len, tokens)
     if tokens < max_model_len:
         needed = -(-max_model_len // config.block_size) * block_bytes
         raise ValueError(
-            f"To serve at least one request with the model's max seq len ({max_model_len}), {needed / GIB:.3f} GiB KV cache is "
-            f"needed, which is larger than the available KV cache memory ({free_bytes / GIB:.3f} GiB). Based on the available "
-            f"memory, the estimated maximum model length is {tokens}. {_KNOBS}"
+            f"To serve at least one request with the model's max seq len ({max_model_len}), {needed / GIB:.3f} GiB KV "
+            f"cache is needed, which is larger than the available KV cache memory ({free_bytes / GIB:.3f} GiB). Based on "
+            f"the available memory, the estimated maximum model length is {tokens}. {_KNOBS}"
         )
     return num_blocks, max_model_len
 

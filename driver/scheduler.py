@@ -1,8 +1,8 @@
 """The scheduler: who computes how many tokens in the next step. Integers only; no tensors.
 
-There is no prefill phase and no decode phase: every running request has `num_computed_tokens` that chases the tokens it
-has. One rule covers chunked prefill, prefix hits, preemption and resumption. Plans are made ahead of results: tokens that
-plans in flight will sample count as `num_inflight_tokens`, and nothing a plan in flight uses is taken from its request.
+There is no prefill phase and no decode phase: every running request has `num_computed_tokens` that chases the tokens
+it has. One rule covers chunked prefill, prefix hits, preemption and resumption. Plans are made ahead of results: tokens
+that plans in flight will sample count as `num_inflight_tokens`, and nothing a plan in flight uses is taken away.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Scheduler:
         """Queue a request. One whose prompt can never fit the cache ends at once, with finish_reason "error"."""
         limits = self.limits
         prompt = source.prompt_token_ids
-        assert prompt and source.params.max_tokens is not None
+        assert prompt
+        assert source.params.max_tokens is not None
         request = Request(
             source,
             list(prompt),
@@ -108,8 +109,8 @@ class Scheduler:
         if len(prompt) > capacity:
             request.finish_reason = "error"
             request.stop_text = (
-                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} blocks of "
-                f"{limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge the cache "
+                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
+                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge the cache "
                 "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
             )
             request.status = RequestStatus.FINISHED

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class StopStrings:
-    """A StopChecker for every running request that has stop strings. The tokenizer is built when the first one comes."""
+    """A StopChecker for every running request that has stop strings. The tokenizer is built for the first one."""
 
     def __init__(self, tokenizer_json: str | None) -> None:
         self._tokenizer_json = tokenizer_json

@@ -1,8 +1,8 @@
 """The gang of ranks: placement group, rank actors, the step channel, and news of their death.
 
 Ray places, starts, watches and logs the ranks. Per-step messages do not travel as Ray calls: they go over one
-authenticated socket a rank (a Unix socket on the driver's node, TCP on the node's Ray address elsewhere), as frames that
-never involve pickle. `RayChannel` sends the same frames as plain actor calls; it is the fallback and the reference.
+authenticated socket a rank (a Unix socket on the driver's node, TCP on the node's Ray address elsewhere), as frames
+that never involve pickle. `RayChannel` sends the same frames as plain actor calls; it is the fallback and the reference.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ class WorkerGroup:
             if not self._group.wait(timeout_s):
                 raise PlacementError(_what_is_missing(bundle, world_size, timeout_s, self._group))
             self.ranks = [self._start(rank, bundle, env) for rank in range(world_size)]
-            self._watches = {rank.watch.options(concurrency_group="watch").remote(): i for i, rank in enumerate(self.ranks)}
+            self._watches = {
+                rank.watch.options(concurrency_group="watch").remote(): i for i, rank in enumerate(self.ranks)
+            }
             self.probes: list[dict[str, Any]] = self.run("probe", device)
         except BaseException:
             remove_placement_group(self._group)
@@ -233,7 +235,10 @@ def _raise_error(frame: bytes) -> None:
 def _what_is_missing(bundle: dict[str, float], world_size: int, timeout_s: float, group: Any) -> str:
     """Why the ranks have no place, with the numbers."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    lines = [f"{name}: {world_size * need:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}" for name, need in bundle.items()]
+    lines = [
+        f"{name}: {world_size * need:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}"
+        for name, need in bundle.items()
+    ]
     state = placement_group_table(group).get("state", "unknown")
     return (
         f"the Ray cluster could not place {world_size} rank(s) of {bundle} on one node within {timeout_s:g} s "

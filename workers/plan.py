@@ -1,7 +1,7 @@
 """What crosses between the driver and the ranks: the step's plan, and what the step produced.
 
-Both are plain data (numpy arrays and small Python values) with a binary frame form that never involves pickle:
-an 8-byte header length, a JSON header (scalars, and dtype and shape of each array), then the arrays' bytes in order.
+Both are plain data (numpy arrays and small Python values) with a binary frame form that never involves pickle: an
+8-byte header length, a JSON header (scalars, and dtype and shape of each array), then the arrays' bytes in order.
 This module is torch-free, so the driver imports it.
 """
 
@@ -33,8 +33,8 @@ class RowSampling:
     presence_penalty: float = 0.0
     stream: int = 0  # unsigned 64-bit key of the row's random stream
     min_tokens: int = 0  # stop_ids are masked until this many tokens are generated
+    masked_ids: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()  # EOS (unless ignored) and stop_token_ids: the row ends on any of these
-    masked_ids: tuple[int, ...] = ()  # ids masked while fewer than min_tokens are generated
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()  # empty means all
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -58,9 +58,9 @@ class NewRow:
 class SchedulerOutput:
     """One step, or one burst of decode steps.
 
-    For scheduled row i, `num_scheduled_tokens[i]` tokens that follow its computed ones are run. Where `samples[i]` is 1,
-    the last of them is the row's last known token and the step samples its successor. In a burst (`num_steps` > 1) every
-    row has one scheduled token and samples; row i takes part in the first `row_steps[i]` of the decode steps.
+    For scheduled row i, `num_scheduled_tokens[i]` tokens that follow its computed ones are run. Where `samples[i]` is
+    1, the last of them is the row's last known token and the step samples its successor. In a burst (`num_steps` > 1)
+    every row has one scheduled token and samples; row i takes part in the first `row_steps[i]` of the decode steps.
     """
 
     step_id: int
@@ -79,7 +79,9 @@ class SchedulerOutput:
         header: dict[str, Any] = {"step_id": self.step_id, "num_steps": self.num_steps, "new": []}
         arrays = [getattr(self, name) for name in _PLAN_ARRAYS]
         for new in self.new_rows:
-            header["new"].append([new.row, new.num_prompt_tokens, new.num_computed_tokens, _sampling_to_json(new.sampling)])
+            header["new"].append(
+                [new.row, new.num_prompt_tokens, new.num_computed_tokens, _sampling_to_json(new.sampling)]
+            )
             arrays.append(new.token_ids)
         return encode_frame(header, arrays)
 
@@ -87,7 +89,8 @@ class SchedulerOutput:
     def decode(cls, frame: bytes) -> SchedulerOutput:
         """The plan in a frame; arrays are read-only views of it."""
         header, arrays = decode_frame(frame)
-        plan = cls(header["step_id"], *arrays[:4], num_steps=header["num_steps"])
+        rows, counts, samples, row_steps = arrays[:4]
+        plan = cls(header["step_id"], rows, counts, samples, row_steps, header["num_steps"])
         plan.block_rows, plan.block_positions, plan.block_ids = arrays[4:7]
         for (row, num_prompt, num_computed, sampling), token_ids in zip(header["new"], arrays[7:], strict=True):
             plan.new_rows.append(NewRow(row, token_ids, num_prompt, num_computed, _sampling_from_json(sampling)))
@@ -141,7 +144,10 @@ class StepOutput:
             header["step_id"],
             arrays[0],
             dict(zip(header["logprobs"], entries[:num_sampled], strict=True)),
-            {index: (start, entry) for (index, start), entry in zip(header["prompt"], entries[num_sampled:], strict=True)},
+            {
+                index: (start, entry)
+                for (index, start), entry in zip(header["prompt"], entries[num_sampled:], strict=True)
+            },
         )
 
 

@@ -31,7 +31,9 @@ class ModelRunner:
         self.config = config
         self.tp = tp
         self.spec = config.spec
-        self.device = torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+        )
         self.dtype = DTYPES[config.dtype]
         self.model: Any = None
         self.kv_cache: list[torch.Tensor] = []
@@ -125,7 +127,7 @@ class ModelRunner:
         return out.finish()
 
     def _run_step(self, plan: SchedulerOutput, step: int, out: _Collected) -> None:
-        active = np.flatnonzero(plan.row_steps > step)
+        active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
         rows, counts = plan.rows[active], plan.num_scheduled_tokens[active]
         if self._drop_ended:
             alive = ~self.state.ended[torch.from_numpy(rows.astype(np.int64))].numpy()
@@ -190,7 +192,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def wake_up(self, tags: tuple[str, ...]) -> None:
-        """Undo `sleep`: "weights" come back from host memory or from the checkpoint, "kv_cache" is made again, empty."""
+        """Undo `sleep`: "weights" come back from host memory or the checkpoint, "kv_cache" is made again, empty."""
         if "weights" in tags:
             if self.model is None:
                 self.load()

@@ -21,11 +21,14 @@ class BatchState:
         self.device = device
         self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
-        int32 = {"dtype": torch.int32, "device": device}
-        self.token_ids = torch.zeros((max_num_seqs, max_model_len), **int32)
-        self.num_prompt_tokens = torch.zeros(max_num_seqs, **int32)
-        self.num_tokens = torch.zeros(max_num_seqs, **int32)  # prompt + generated so far
-        self.block_tables = torch.zeros((max_num_seqs, max_blocks), **int32)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.token_ids = zeros(max_num_seqs, max_model_len)
+        self.num_prompt_tokens = zeros(max_num_seqs)
+        self.num_tokens = zeros(max_num_seqs)  # prompt + generated so far
+        self.block_tables = zeros(max_num_seqs, max_blocks)
         self.ended = torch.zeros(max_num_seqs, dtype=torch.bool, device=device)  # sampled one of its stop ids
         self.num_computed: Int32 = np.zeros(max_num_seqs, np.int32)  # host: tokens whose KV is computed or planned
         self.prompt_lens: Int32 = np.zeros(max_num_seqs, np.int32)  # host

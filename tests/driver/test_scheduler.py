@@ -49,7 +49,9 @@ class FakeRanks:
         for step in range(out.num_steps):
             taking = [
                 (int(row), int(count) if step == 0 else 1, samples)
-                for row, count, samples, steps in zip(out.rows, out.num_scheduled_tokens, out.samples, out.row_steps, strict=True)
+                for row, count, samples, steps in zip(
+                    out.rows, out.num_scheduled_tokens, out.samples, out.row_steps, strict=True
+                )
                 if step < steps and not self.ended[int(row)]
             ]
             for row, count, _ in taking:  # a pass writes the KV of all its tokens before any row reads
@@ -164,7 +166,11 @@ def traces(draw: st.DrawFn) -> tuple[SchedulerLimits, int, dict[int, list], list
         prompt = (common if draw(st.booleans()) else []) + own
         max_tokens = draw(st.integers(1, 40))
         request = make_request(
-            number, prompt, max_tokens, min_tokens=draw(st.integers(0, min(3, max_tokens))), priority=draw(st.integers(0, 2))
+            number,
+            prompt,
+            max_tokens,
+            min_tokens=draw(st.integers(0, min(3, max_tokens))),
+            priority=draw(st.integers(0, 2)),
         )
         requests.append(request)
         at = draw(st.integers(0, 30))
@@ -252,7 +258,12 @@ def test_cache_salt_keeps_prefixes_apart() -> None:
     lim = limits()
     scheduler, ranks = Scheduler(lim), FakeRanks(lim)
     drive(scheduler, ranks, 0, {0: [long_request(0, [4] * 9, 1, cache_salt="a")]})
-    ended = drive(scheduler, ranks, 0, {0: [long_request(1, [4] * 9, 1, cache_salt="b"), long_request(2, [4] * 9, 1, cache_salt="a")]})
+    ended = drive(
+        scheduler,
+        ranks,
+        0,
+        {0: [long_request(1, [4] * 9, 1, cache_salt="b"), long_request(2, [4] * 9, 1, cache_salt="a")]},
+    )
     assert ended[1].num_cached_tokens == 0
     assert ended[2].num_cached_tokens == 8
 
@@ -300,7 +311,10 @@ def test_priority_order_and_fcfs_ignores_it() -> None:
         seen = []
         while scheduler.num_unfinished:
             plan = scheduler.schedule()
-            seen += [r.source.number for r in scheduler.update(plan, StepOutput(plan.output.step_id, np.array([[5]], np.int32)))]
+            seen += [
+                r.source.number
+                for r in scheduler.update(plan, StepOutput(plan.output.step_id, np.array([[5]], np.int32)))
+            ]
         assert seen == order
 
 
