@@ -135,6 +135,10 @@ class Binder:
         """EngineRequests of `count` of the row's children. ValueError where min_tokens cannot be reached."""
         return [self._request(row, child) for child in range(first_child, first_child + count)]
 
+    def stream(self, row_key: int, sample: int, seed: int | None) -> int:
+        """Key of a sequence's random stream."""
+        return stream_key(self._seed, row_key, sample, seed)
+
     def check_length(self, row: Row) -> None:
         """Raises ValueError where `max_tokens=None` leaves less than min_tokens."""
         params, room = row.bound.params, self._max_model_len - len(row.token_ids)
@@ -153,7 +157,7 @@ class Binder:
             stop_ids=bound.stop_ids,
             eos_ids=bound.eos_ids,
             bad_words=bound.bad_words,
-            stream=stream_key(self._seed, row.request_number, child, bound.params.seed),
+            stream=self.stream(row.request_number, child, bound.params.seed),
             priority=row.priority,
             cache_salt=row.cache_salt,
             arrival_time=time.time(),

@@ -108,7 +108,7 @@ def make_output(
     decoder = decoder if params.detokenize else None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if params.prompt_logprobs is not None:
-        prompt_logprobs = [None, *_dicts(children[0].prompt_logprobs, params.prompt_logprobs, decoder)]
+        prompt_logprobs = [None, *logprob_dicts(children[0].prompt_logprobs, params.prompt_logprobs, decoder)]
     return RequestOutput(
         request_id=request_id,
         prompt=prompt,
@@ -137,7 +137,7 @@ def make_completion(
         stop_reason=result.stop_reason,
     )
     if params.logprobs is not None:
-        output.logprobs = _dicts(result.logprobs, params.logprobs, decoder)
+        output.logprobs = logprob_dicts(result.logprobs, params.logprobs, decoder)
         entries = result.logprobs
         output.cumulative_logprob = 0.0 if entries is None else float(entries.logprobs[:, 0].sum(dtype="float64"))
     return output
@@ -152,7 +152,7 @@ def _text(prompt_token_ids: list[int], params: SamplingParams, result: FinishedR
     return decoder.text(prompt_token_ids, shown, params.skip_special_tokens, params.spaces_between_special_tokens)
 
 
-def _dicts(entries: TokenLogprobs | None, count: int, decoder: TextDecoder | None) -> list[dict[int, Logprob]]:
+def logprob_dicts(entries: TokenLogprobs | None, count: int, decoder: TextDecoder | None) -> list[dict[int, Logprob]]:
     """A dict for each token: itself first, then the `count` best (-1: all), those it is among left out."""
     if entries is None:
         return []
@@ -165,12 +165,16 @@ def _dicts(entries: TokenLogprobs | None, count: int, decoder: TextDecoder | Non
 
 def _dict(ids: list[int], logprobs: list[float], rank: int, decoder: TextDecoder | None) -> dict[int, Logprob]:
     sampled = ids[0]
-    result = {sampled: Logprob(logprobs[0], rank, decoder and decoder.token_text(sampled))}
+    result = {sampled: Logprob(logprobs[0], rank, _token_text(sampled, decoder))}
     for place in range(1, len(ids)):
         token = ids[place]
         if token >= 0 and token != sampled:  # -1 pads rows of a batch that asked for fewer
-            result[token] = Logprob(logprobs[place], place, decoder and decoder.token_text(token))
+            result[token] = Logprob(logprobs[place], place, _token_text(token, decoder))
     return result
+
+
+def _token_text(token: int, decoder: TextDecoder | None) -> str | None:
+    return None if decoder is None else decoder.token_text(token)
 
 
 def _join_stats(stats: Iterable[RequestStateStats]) -> RequestStateStats | None:
