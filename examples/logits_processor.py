@@ -4,33 +4,26 @@ Argument: a model folder, a .gguf file or a hub id.
 """
 
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from shoal import LLM, SamplingParams
-from shoal.workers.sampler import LogitsProcessor
-
-RowProcessor = Callable[[Sequence[int], Sequence[int], torch.Tensor], torch.Tensor]
+from shoal.workers.logits_processor import LogitsProcessor, ProcessLogits
 
 
 class NoRepeatedNgrams(LogitsProcessor):
     """Reads n from SamplingParams(extra_args={"no_repeat_ngram": n}); rows without it are left alone."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-
-    def for_request(self, extra_args: dict[str, Any]) -> RowProcessor | None:
+    def for_request(self, extra_args: dict[str, Any]) -> ProcessLogits | None:
         size = extra_args.get("no_repeat_ngram")
         if size is None:
             return None
 
-        def process(prompt_ids: Sequence[int], output_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-            tokens = list(output_ids)
-            tail = tokens[len(tokens) - size + 1 :] if size > 1 else []
-            starts = range(len(tokens) - size + 1)
-            banned = [tokens[i + size - 1] for i in starts if tokens[i : i + size - 1] == tail]
+        def process(prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            last = output_ids[len(output_ids) - size + 1 :] if size > 1 else []
+            starts = range(len(output_ids) - size + 1)
+            banned = [output_ids[i + size - 1] for i in starts if output_ids[i : i + size - 1] == last]
             logits[banned] = float("-inf")
             return logits
 
