@@ -77,11 +77,12 @@ class Repository:
                 f"give a branch, tag or commit that {self._page()} lists"
             ) from None
         except RepositoryNotFoundError:
-            why = f"the hub has no such repository, or it is private and {self._token_said()}"
-            raise invalid_model(self.model, why) from None
+            raise self._not_found() from None
         except LocalEntryNotFoundError as error:
             raise self._not_cached(self._clean(error)) from None
         except (HfHubHTTPError, OSError) as error:
+            if getattr(getattr(error, "response", None), "status_code", None) == 401:
+                raise self._not_found() from None
             raise ValueError(f"cannot download model {self.model!r}: {self._clean(error)}") from None
 
     def _not_cached(self, reason: str) -> ValueError:
@@ -98,6 +99,10 @@ class Repository:
             f"{wanted} is not fully in the cache {where}, and the hub at {constants.ENDPOINT} does not answer: "
             f"{reason}. Check the network, HF_ENDPOINT and proxies, or give a local folder."
         )
+
+    def _not_found(self) -> ValueError:
+        # The hub answers the same for what is not there and what may not be seen.
+        return invalid_model(self.model, f"the hub has no such repository, or it is private and {self._token_said()}")
 
     def _page(self) -> str:
         from huggingface_hub import constants
