@@ -21,6 +21,7 @@ import numpy as np
 import ray
 
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
+from shoal.driver.draft import Plan, SchedulerLimits
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
 from shoal.driver.request import EngineRequest, FinishedRequest, Request
@@ -33,7 +34,7 @@ from shoal.driver.resolve import (
     pick_device,
     resolve_budgets,
 )
-from shoal.driver.scheduler import Plan, Scheduler, SchedulerLimits
+from shoal.driver.scheduler import Scheduler
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import StepChannel, WorkerGroup
 from shoal.workers.config import LoadConfig, WorkerConfig

@@ -124,7 +124,7 @@ class Engine:
         return list(ask(self._driver.metrics.remote()))
 
     def shutdown(self) -> None:
-        """End driver and ranks and give their resources back; stop Ray if this module started it and no engine is left."""
+        """End driver and ranks, give their resources back; stop Ray if it was started here and no engine is left."""
         global _num_engines
         if self._driver is None:
             return

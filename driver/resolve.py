@@ -119,13 +119,13 @@ def count_blocks(config: EngineConfig, free_bytes: int, block_bytes: int, max_mo
         needed = -(-max_model_len // config.block_size) * block_bytes
         raise ValueError(
             f"To serve at least one request with the model's max seq len ({max_model_len}), {needed / GIB:.3f} GiB KV "
-            f"cache is needed, which is larger than the available KV cache memory ({free_bytes / GIB:.3f} GiB). Based on "
-            f"the available memory, the estimated maximum model length is {tokens}. {_KNOBS}"
+            f"cache is needed, which is larger than the available KV cache memory ({free_bytes / GIB:.3f} GiB). Based "
+            f"on the available memory, the estimated maximum model length is {tokens}. {_KNOBS}"
         )
     return num_blocks, max_model_len
 
 
 _KNOBS = (
-    "Decrease max_model_len, or give the cache more: gpu_memory_utilization (GPU), VLLM_CPU_KVCACHE_SPACE in GiB (CPU), "
-    "kv_cache_memory_bytes, tensor_parallel_size."
+    "Decrease max_model_len, or give the cache more: gpu_memory_utilization (GPU), VLLM_CPU_KVCACHE_SPACE in GiB "
+    "(CPU), kv_cache_memory_bytes, tensor_parallel_size."
 )

@@ -10,67 +10,16 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
+from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
 from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
-from shoal.workers.plan import NewRow, SchedulerOutput, StepOutput, TokenLogprobs
+from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
 # StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
 StopCheck = Callable[[Request, int], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Budgets of every step and of the cache."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_blocks: int
-    block_size: int
-    decode_burst: int = 1
-    long_prefill_token_threshold: int = 0
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    use_priority: bool = False
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step on its way: what the ranks get, and whose rows they are."""
-
-    output: SchedulerOutput
-    requests: list[Request]
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counts since the start."""
-
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
-    num_wasted_tokens: int = 0
-    num_steps: int = 0
-    num_scheduled_tokens: int = 0
-    max_unfinished: int = 0
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan being made."""
-
-    requests: list[Request] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    new_rows: list[NewRow] = field(default_factory=list)
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)  # row, index in its table, block
 
 
 class Scheduler:
@@ -110,7 +59,7 @@ class Scheduler:
             request.finish_reason = "error"
             request.stop_text = (
                 f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
-                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge the cache "
+                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
                 "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
             )
             request.status = RequestStatus.FINISHED
@@ -163,13 +112,13 @@ class Scheduler:
         if self._drain and self.num_plans_inflight:
             return None
         self._drain = False
-        draft = _Draft()
+        draft = Draft()
         budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
         if not self._drain:
             self._schedule_waiting(draft, budget)
         return self._seal(draft) if draft.requests else None
 
-    def _schedule_running(self, draft: _Draft, budget: int) -> int:
+    def _schedule_running(self, draft: Draft, budget: int) -> int:
         num_steps = self._burst_length()
         preempted = False
         for request in list(self.running):
@@ -192,7 +141,7 @@ class Scheduler:
             budget -= count
         return 0 if preempted else budget
 
-    def _schedule_waiting(self, draft: _Draft, budget: int) -> None:
+    def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
         while budget and self._free_rows:
             request = self._head()
@@ -240,7 +189,7 @@ class Scheduler:
         total = request.num_tokens + request.num_inflight_tokens
         return 0 if total >= request.max_total_tokens else total - request.num_computed_tokens
 
-    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, draft: Draft) -> bool:
         """Blocks for the request, by preempting others if need be. False: it was preempted or ended itself, or a
         victim has plans in flight and everything must wait for them (`_drain`)."""
         while not self.kv.allocate(request, num_tokens):
@@ -271,7 +220,7 @@ class Scheduler:
         self.stats.num_preemptions += 1
         self._push(request)
 
-    def _admit(self, draft: _Draft, request: Request, hits: list[int], num_cached: int) -> None:
+    def _admit(self, draft: Draft, request: Request, hits: list[int], num_cached: int) -> None:
         self.kv.admit(request, hits)
         request.row = self._free_rows.pop()
         request.status = RequestStatus.RUNNING
@@ -291,45 +240,26 @@ class Scheduler:
             )
         )
 
-    def _put(self, draft: _Draft, request: Request, count: int, steps: int) -> None:
+    def _put(self, draft: Draft, request: Request, count: int, steps: int) -> None:
+        """Plan `count` tokens of the request and, where they reach its newest token, `steps` samples."""
         known = request.num_computed_tokens + count
         samples = known == request.num_tokens + request.num_inflight_tokens
-        table, size = request.block_table, self.limits.block_size
-        # Blocks taken since the last plan start where the computed tokens' blocks end.
-        first_new = request.num_granted_blocks
-        draft.blocks += [(request.row, index, table[index]) for index in range(first_new, len(table))]
-        request.num_granted_blocks = len(table)
-        assert len(table) * size >= known + steps - 1
-        draft.requests.append(request)
-        draft.rows.append(request.row)
-        draft.counts.append(count)
-        draft.samples.append(samples)
-        draft.steps.append(steps if samples else 1)
+        draft.put(request, count, samples, steps if samples else 1)
         request.num_plans_inflight += 1
+        request.num_computed_tokens = known
         if samples:
             request.num_inflight_tokens += steps
-            request.num_computed_tokens = known + steps - 1
-        else:
-            request.num_computed_tokens = known
+            request.num_computed_tokens += steps - 1
+        assert len(request.block_table) * self.limits.block_size >= request.num_computed_tokens
         self.kv.remember(request)
 
-    def _seal(self, draft: _Draft) -> Plan:
-        blocks = np.array(draft.blocks, np.int32).reshape(-1, 3).T
-        output = SchedulerOutput(
-            self._next_step,
-            np.array(draft.rows, np.int32),
-            np.array(draft.counts, np.int32),
-            np.array(draft.samples, np.uint8),
-            np.array(draft.steps, np.int32),
-            max(draft.steps),
-            draft.new_rows,
-            *blocks,
-        )
+    def _seal(self, draft: Draft) -> Plan:
+        plan = draft.seal(self._next_step)
         self._next_step += 1
         self.num_plans_inflight += 1
-        self.stats.num_steps += output.num_steps
+        self.stats.num_steps += plan.output.num_steps
         self.stats.num_scheduled_tokens += sum(draft.counts)
-        return Plan(output, draft.requests)
+        return plan
 
     # ---- update ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Ray places, starts, watches and logs the ranks. Per-step messages do not travel as Ray calls: they go over one
 authenticated socket a rank (a Unix socket on the driver's node, TCP on the node's Ray address elsewhere), as frames
-that never involve pickle. `RayChannel` sends the same frames as plain actor calls; it is the fallback and the reference.
+that never involve pickle. `RayChannel` sends the same frames as plain actor calls: the fallback and the reference.
 """
 
 from __future__ import annotations

@@ -124,8 +124,9 @@ class LocalEngine:
 
         from shoal.driver import resolve
         from shoal.driver.actor import Collected, _finished
+        from shoal.driver.draft import SchedulerLimits
         from shoal.driver.model_config import resolve_dtype
-        from shoal.driver.scheduler import Scheduler, SchedulerLimits
+        from shoal.driver.scheduler import Scheduler
         from shoal.driver.stop_strings import StopStrings
         from shoal.workers.config import WorkerConfig
         from shoal.workers.parallel import TensorParallel
@@ -140,7 +141,9 @@ class LocalEngine:
         with torch.inference_mode():
             self.runner = ModelRunner(worker, TensorParallel(0, 1), tuple(config.logits_processors))
             self.runner.load()
-            blocks, length = resolve.count_blocks(config, 64 << 20, self.runner.block_bytes(), length)
+            blocks, length = resolve.count_blocks(
+                config, config.kv_cache_memory_bytes or 64 << 20, self.runner.block_bytes(), length
+            )
             self.runner.allocate_kv(blocks)
         steady = bool(config.logits_processors)
         burst = 1 if steady else config.decode_burst or 4

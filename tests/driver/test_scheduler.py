@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.driver.block_pool import BlockPool
+from shoal.driver.draft import Plan, SchedulerLimits
 from shoal.driver.params import SamplingParams
 from shoal.driver.request import EngineRequest
-from shoal.driver.scheduler import Plan, Scheduler, SchedulerLimits
+from shoal.driver.scheduler import Scheduler
 from shoal.workers.plan import SchedulerOutput, StepOutput
 
 EOS = 1

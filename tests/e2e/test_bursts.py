@@ -93,7 +93,7 @@ def _exercised(case: str, result: list) -> None:
 
 @pytest.mark.parametrize("case", ["seeded", "eos", "stop-string", "penalties", "bad-words", "n"])
 def test_same_outputs_under_preemption(case, tiny_checkpoint, local_llm) -> None:
-    """A cache too small for the batch: rows are thrown out and come back, and nothing changes but the number of hits."""
+    """A cache too small for the batch: rows are thrown out and come back, and nothing changes."""
     folder, params = tiny_checkpoint("llama"), replace(CASES[case], max_tokens=60)
     results = []
     for burst, lookahead, blocks in ((1, 0, None), (1, 0, 9), (8, 2, 9)):

@@ -39,6 +39,7 @@ def private_bytes(pid: int) -> int:
     with open(f"/proc/{pid}/smaps_rollup") as lines:
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
+
 def run(llm, count: int):
     prompts = [[3 + (i * 7 + j) % 300 for j in range(1 + i % 32)] for i in range(count)]
     start = time.monotonic()
