@@ -330,7 +330,7 @@ class LLM:
         return engine.metrics()
 
     def shutdown(self) -> None:
-        """Ends the engine's actors and frees what they hold. Again: does nothing. Other methods then raise RuntimeError."""
+        """Ends the engine's actors and frees what they hold. Other methods then raise RuntimeError."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()
@@ -356,6 +356,11 @@ class LLM:
             f"LLM(model={self.config.model!r}, dtype={r.dtype!r}, tensor_parallel_size={r.tensor_parallel_size}, "
             f"kv_cache_tokens={r.num_blocks * r.block_size})"
         )
+
+    @property
+    def llm_engine(self) -> Engine:
+        """The replica behind it; RuntimeError once it is shut down."""
+        return self._require_open()
 
     def _require_open(self) -> Engine:
         if self._engine is None:
