@@ -328,7 +328,17 @@ def test_gguf_tokenizer_round_trip(smollm2_resolved, text):
     assert Tokenizer.from_str(serialized_tokenizer(tokenizer)).decode(ids) == text
 
 
-def test_capital_of_france(smollm2_resolved):
+@pytest.fixture
+def one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_capital_of_france(smollm2_resolved, one_thread):
     """Our dequantized tensors in transformers' own model: names, layouts and un-permutation are right."""
     import torch
     import transformers

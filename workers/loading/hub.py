@@ -92,9 +92,9 @@ class Repository:
         wanted = f"model {self.model!r} (revision {self.revision or 'main'!r})"
         if is_offline():
             return ValueError(
-                f"{wanted} is not fully in the cache {where}, no local folder has that name, and HF_HUB_OFFLINE is set. "
-                "Unset it once to download, "
-                "copy the cache from a machine that has the model (HF_HOME or download_dir), or give a local folder."
+                f"{wanted} is not fully in the cache {where}, no local folder has that name, and HF_HUB_OFFLINE "
+                "is set. Unset it once to download, copy the cache from a machine that has the model (HF_HOME or "
+                "download_dir), or give a local folder."
             )
         return ValueError(
             f"{wanted} is not fully in the cache {where}, and the hub at {constants.ENDPOINT} does not answer: "
