@@ -138,6 +138,7 @@ class Driver:
             max_model_len,
             rows,
             tokens,
+            config.enforce_eager,
             threads,
         )
         reports = group.setup(

@@ -189,7 +189,7 @@ class LocalEngine:
         if self._inflight:
             plan, frame = self._inflight.popleft()
             with torch.inference_mode():
-                output = StepOutput.decode(self.runner.execute(SchedulerOutput.decode(frame)).encode())
+                output = StepOutput.decode(self.runner.execute(SchedulerOutput.decode(frame)).wait().encode())
             self._take(self.scheduler.update(plan, output))
 
     def _take(self, requests) -> None:

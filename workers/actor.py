@@ -34,6 +34,9 @@ class Worker:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._frames: dict[int, tuple[bytes, Future[bytes]]] = {}
         self._next_frame = 0
+        self._device, self._gpu = "cpu", 0
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._answer, name="answers", daemon=True).start()
         self._thread = threading.Thread(target=self._loop, name=f"rank-{rank}", daemon=True)
         self._thread.start()
 
@@ -70,8 +73,8 @@ class Worker:
         info["node_ip"] = ray.util.get_node_ip_address()
         info["num_cpus"] = len(os.sched_getaffinity(0))
         if device == "cuda":
-            index = self._gpu_index()
-            torch.cuda.set_device(index)
+            self._device, self._gpu = device, self._gpu_index()
+            torch.cuda.set_device(self._gpu)
             free, total = torch.cuda.mem_get_info()
             capability = torch.cuda.get_device_capability()
             info |= {"gpu": torch.cuda.get_device_name(), "free": free, "total": total, "capability": capability}
@@ -110,6 +113,7 @@ class Worker:
         if self._tp is not None:
             self._tp.destroy()
         self._jobs.put(STOP)
+        self._answers.put(STOP)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -125,9 +129,7 @@ class Worker:
                     self._call(kind, *rest)
                 else:
                     frame, connection = rest
-                    answer = self._execute(frame)
-                    if self.rank == 0 or answer.startswith(ERROR):
-                        connection.send_bytes(answer)
+                    self._answers.put((self._execute(frame), connection))
 
     def _read(self, connection: Connection) -> None:
         """Frames from the socket to the loop; ends when the driver goes."""
@@ -156,15 +158,42 @@ class Worker:
         while self._next_frame in self._frames:
             due, answer = self._frames.pop(self._next_frame)
             self._next_frame += 1
-            answer.set_result(self._execute(due))
+            answer.set_result(self._execute(due)())
 
-    def _execute(self, frame: bytes) -> bytes:
+    def _execute(self, frame: bytes) -> Callable[[], bytes]:
+        """Run a frame, on a GPU only enqueue it; what it gives back waits for the answer."""
         from shoal.workers.plan import SchedulerOutput
 
         try:
-            return bytes(self.runner.execute(SchedulerOutput.decode(frame)).encode())
+            pending = self.runner.execute(SchedulerOutput.decode(frame))
         except Exception:  # the driver must learn of it: this rank's state is lost
-            return ERROR + json.dumps({"rank": self.rank, "traceback": traceback.format_exc()}).encode()
+            report = self._report_error()
+            return lambda: report
+        return lambda: self._encode(pending)
+
+    def _encode(self, pending: Any) -> bytes:
+        try:
+            return bytes(pending.wait().encode())
+        except Exception:  # a kernel failed: seen only when its results are waited for
+            return self._report_error()
+
+    def _report_error(self) -> bytes:
+        return ERROR + json.dumps({"rank": self.rank, "traceback": traceback.format_exc()}).encode()
+
+    def _answer(self) -> None:
+        """Results to the driver as the device gets there, while the loop enqueues what comes next."""
+        while (item := self._answers.get()) is not STOP:
+            wait, connection = item
+            if self._device == "cuda":
+                import torch
+
+                torch.cuda.set_device(self._gpu)
+            frame = wait()
+            if self.rank == 0 or frame.startswith(ERROR):
+                try:
+                    connection.send_bytes(frame)
+                except OSError:
+                    return  # the driver is gone
 
     def _gpu_index(self) -> int:
         """Every rank sees all GPUs of its host; Ray says which one is its own."""

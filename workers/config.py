@@ -38,4 +38,5 @@ class WorkerConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    enforce_eager: bool = False
     num_threads: int | None = None  # CPU ranks: torch threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,13 @@ from shoal.workers.config import WorkerConfig
 from shoal.workers.loading import load_weights
 from shoal.workers.models.registry import load_model_class
 from shoal.workers.parallel import TensorParallel
-from shoal.workers.plan import Int32, SchedulerOutput, StepOutput, TokenLogprobs
+from shoal.workers.pending import PendingOutput, concat_logprobs, to_device
+from shoal.workers.plan import Int32, SchedulerOutput
 from shoal.workers.sampler import Sampler, SamplingState
 from shoal.workers.state import BatchState
+
+if TYPE_CHECKING:
+    from shoal.workers.decode_graphs import DecodeGraphs
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +41,7 @@ class ModelRunner:
         self.dtype = DTYPES[config.dtype]
         self.model: Any = None
         self.kv_cache: list[torch.Tensor] = []
+        self.graphs: DecodeGraphs | None = None
         self.num_blocks = 0
         self.state = BatchState(config.max_num_seqs, config.max_model_len, config.block_size, self.device)
         self.sampling = SamplingState(config.max_num_seqs, self.spec.vocab_size, self.device, logits_processors)
@@ -89,6 +94,15 @@ class ModelRunner:
         shape = (2, num_blocks, self.config.block_size, heads, self.spec.head_dim)
         self.num_blocks = num_blocks
         self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.spec.num_layers)]
+        self._make_graphs()
+
+    def _make_graphs(self) -> None:
+        """Graphs hold addresses of weights and cache: new ones whenever either is."""
+        self.graphs = None
+        if self.device.type == "cuda" and not self.config.enforce_eager and self.num_blocks > 1:
+            from shoal.workers.decode_graphs import DecodeGraphs
+
+            self.graphs = DecodeGraphs(self.model, self.kv_cache, self.state, self.sampling, self.config.max_num_seqs)
 
     def _full_step(self) -> None:
         """The largest step there can be, on made-up input, over one KV block."""
@@ -113,20 +127,41 @@ class ModelRunner:
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
-    def execute(self, plan: SchedulerOutput) -> StepOutput:
-        """Run a plan. Every rank does the same and samples the same; rank 0's output goes to the driver."""
+    def execute(self, plan: SchedulerOutput) -> PendingOutput:
+        """Run a plan: on a GPU, enqueue it. Every rank does the same and samples the same."""
         self.state.apply(plan)
         for new in plan.new_rows:
             self.sampling.add(new.row, new.sampling, new.token_ids, new.num_prompt_tokens)
             self._prompt_logprobs.pop(new.row, None)
             if new.sampling.num_prompt_logprobs is not None:
                 self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs
-        out = _Collected(plan, self.device)
-        for step in range(plan.num_steps):
-            self._run_step(plan, step, out)
-        return out.finish()
+        out = PendingOutput(plan, self.device)
+        if self.graphs is not None and plan.samples.all() and (plan.num_scheduled_tokens == 1).all():
+            self._replay(plan, out)
+        else:
+            for step in range(plan.num_steps):
+                self._run_step(plan, step, out)
+        return out.start_copy()
 
-    def _run_step(self, plan: SchedulerOutput, step: int, out: _Collected) -> None:
+    def _replay(self, plan: SchedulerOutput, out: PendingOutput) -> None:
+        """A plan in which every row decodes, by graphs."""
+        assert self.graphs is not None
+        plain = self.sampling.is_plain(plan.rows)
+        longest = int(self.state.num_computed[plan.rows].max()) + plan.num_steps
+        num_rows = 0
+        for step in range(plan.num_steps):
+            active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
+            rows = plan.rows[active]
+            if len(rows) != num_rows:
+                num_rows = len(rows)
+                self.graphs.set_rows(rows, longest)
+            if plain:
+                out.put(active, step, self.graphs.decode()[:num_rows])
+            else:
+                self._sample(rows, active, self.graphs.logits()[:num_rows], step, out)
+            self.state.advance(rows, np.ones_like(rows))
+
+    def _run_step(self, plan: SchedulerOutput, step: int, out: PendingOutput) -> None:
         active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
         rows, counts = plan.rows[active], plan.num_scheduled_tokens[active]
         if self._drop_ended:
@@ -144,24 +179,26 @@ class ModelRunner:
         if len(picks):
             last = batch.attention.cu_seqlens_q[1:].long() - 1
             if len(picks) != len(rows):
-                last = last[torch.from_numpy(picks).to(self.device)]
-            self._sample(rows[picks], out.sampling_index[active[picks]], hidden[last], step, out)
+                last = last[to_device(picks, self.device)]
+            logits = self.model.compute_logits(hidden[last])
+            self._sample(rows[picks], out.sampling_index[active[picks]], logits, step, out)
 
-    def _sample(self, rows: Int32, places: Int32, hidden: torch.Tensor, step: int, out: _Collected) -> None:
-        logits = self.model.compute_logits(hidden)
-        device_rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+    def _sample(self, rows: Int32, places: Int32, logits: torch.Tensor, step: int, out: PendingOutput) -> None:
+        """The next token of each row, appended to it; `places` are the rows' places among the sampling rows."""
+        device_rows = to_device(rows.astype(np.int64), self.device)
         result = self.sampler(logits, device_rows, rows.tolist())
         token_ids = result.token_ids
         if not self._drop_ended:
             token_ids = torch.where(self.state.ended[device_rows], -1, token_ids)
         out.put(places, step, token_ids)
         if result.logprobs is not None:
-            for index, entry in result.logprobs.to_host().items():
-                out.put_logprobs(int(places[index]), entry)
+            out.put_logprobs(places, result.logprobs)
         self.state.append(device_rows, result.token_ids, result.ended)
         self.sampler.observe(device_rows, result.token_ids)
 
-    def _score_prompts(self, active: Int32, rows: Int32, counts: Int32, hidden: torch.Tensor, out: _Collected) -> None:
+    def _score_prompts(
+        self, active: Int32, rows: Int32, counts: Int32, hidden: torch.Tensor, out: PendingOutput
+    ) -> None:
         """Log-probabilities of the prompt tokens that this pass predicts, for the rows that asked."""
         chunk = max(1, _PROMPT_LOGITS_BYTES // (4 * self.spec.vocab_size))
         offset = 0
@@ -183,7 +220,7 @@ class ModelRunner:
 
     def sleep(self, level: int) -> None:
         """Give memory back: the KV cache always; weights to host memory (level 1, on a GPU) or dropped (level 2)."""
-        self.kv_cache = []
+        self.kv_cache, self.graphs = [], None
         if level == 1 and self.device.type == "cuda":
             self.model.to("cpu")
         elif level == 2:
@@ -198,42 +235,11 @@ class ModelRunner:
                 self.load()
             else:
                 self.model.to(self.device)
+            if self.kv_cache:
+                self._make_graphs()
         if "kv_cache" in tags and not self.kv_cache:
             self.allocate_kv(self.num_blocks)
 
     def apply_model(self, function: Callable[[nn.Module], T]) -> T:
         """`function(model)`."""
         return function(self.model)
-
-
-class _Collected:
-    """A plan's results as they come, step by step."""
-
-    def __init__(self, plan: SchedulerOutput, device: torch.device) -> None:
-        self.step_id = plan.step_id
-        self.sampling_index = (np.cumsum(plan.samples, dtype=np.int32) - 1).astype(np.int32)
-        self._tokens = torch.full((int(plan.samples.sum()), plan.num_steps), -1, dtype=torch.int32, device=device)
-        self._logprobs: dict[int, list[TokenLogprobs]] = {}
-        self.prompt_logprobs: dict[int, tuple[int, TokenLogprobs]] = {}
-
-    def put(self, places: Int32, step: int, token_ids: torch.Tensor) -> None:
-        index = torch.from_numpy(places.astype(np.int64)).to(self._tokens.device)
-        self._tokens[index, step] = token_ids.to(torch.int32)
-
-    def put_logprobs(self, place: int, entry: TokenLogprobs) -> None:
-        self._logprobs.setdefault(place, []).append(entry)
-
-    def finish(self) -> StepOutput:
-        logprobs = {place: concat_logprobs(parts) for place, parts in self._logprobs.items()}
-        return StepOutput(self.step_id, self._tokens.cpu().numpy(), logprobs, self.prompt_logprobs)
-
-
-def concat_logprobs(parts: list[TokenLogprobs]) -> TokenLogprobs:
-    """Entries of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return TokenLogprobs(
-        np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.logprobs for p in parts]),
-        np.concatenate([p.ranks for p in parts]),
-    )

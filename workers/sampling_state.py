@@ -17,12 +17,14 @@ from shoal.workers.logit_edits import LogitEdits, build_edits, has_penalties
 from shoal.workers.logits_processor import ProcessLogits, resolve_processors
 from shoal.workers.logprobs import LogprobRequest, plan_requests
 from shoal.workers.penalties import PenaltyTable
+from shoal.workers.pending import to_device
 from shoal.workers.plan import RowSampling
 
 _SMALL_TOP_K = 1024  # up to here the k best are found without ordering the rest
 _GROUP_ELEMENTS = 1 << 25  # float32 logits of a group: 128 MiB
 _FLOAT_COLUMNS = 3  # temperature, log(min_p), top_p
 _INT_COLUMNS = 4  # stream, top_k, min_tokens, penalty slot
+_STOP_ID_COLUMNS = 4  # to begin with
 
 
 class Mode(enum.IntEnum):
@@ -79,11 +81,15 @@ class SamplingState:
         self._wants = np.zeros((max_num_seqs, 2), np.bool_)  # logit edits, logprobs
         self._floats = np.zeros((max_num_seqs, _FLOAT_COLUMNS))
         self._ints = np.zeros((max_num_seqs, _INT_COLUMNS), np.int64)
-        self._stop_ids = np.full((max_num_seqs, 1), -1, np.int64)
+        self._stop_ids = np.full((max_num_seqs, _STOP_ID_COLUMNS), -1, np.int64)
         self._dirty: set[int] = set()
         self._device_floats = torch.zeros(max_num_seqs, _FLOAT_COLUMNS, dtype=torch.float64, device=device)
         self._device_ints = torch.zeros(max_num_seqs, _INT_COLUMNS, dtype=torch.int64, device=device)
-        self._device_stop_ids = torch.full((max_num_seqs, 1), -1, dtype=torch.int64, device=device)
+        # What recorded graphs read, row by row of the persistent batch. stop_ids moves when a longer list comes.
+        self.temperatures = torch.zeros(max_num_seqs, device=device)
+        self.streams = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.min_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.stop_ids = torch.full((max_num_seqs, _STOP_ID_COLUMNS), -1, dtype=torch.int64, device=device)
         self._planned: tuple[list[int], BatchPlan] | None = None
 
     def add(self, row: int, sampling: RowSampling, token_ids: npt.NDArray[np.int32], num_prompt_tokens: int) -> None:
@@ -116,6 +122,12 @@ class SamplingState:
             self._flush()
             self._planned = (list(rows), self._make_plan(np.array(rows, np.int64)))
         return self._planned[1]
+
+    def is_plain(self, rows: npt.NDArray[np.int32]) -> bool:
+        """Whether all these rows ask for no more than a temperature; the device's tables are then up to date."""
+        self._flush()
+        modes, unfiltered = self._modes[rows], self._floats[rows, 1] == -math.inf
+        return bool(((modes <= Mode.RANDOM) & unfiltered & ~self._wants[rows].any(axis=1)).all())
 
     def observe(self, rows: Tensor, token_ids: Tensor) -> None:
         """Counts a generated token for each row (both int64 [n]); -1 is none. Free while no row has penalties."""
@@ -150,7 +162,7 @@ class SamplingState:
         if missing > 0:
             self._stop_ids = np.pad(self._stop_ids, ((0, 0), (0, missing)), constant_values=-1)
             more = torch.full((len(self._stop_ids), missing), -1, dtype=torch.int64, device=self.device)
-            self._device_stop_ids = torch.cat([self._device_stop_ids, more], dim=1)
+            self.stop_ids = torch.cat([self.stop_ids, more], dim=1)
         self._stop_ids[row] = -1
         self._stop_ids[row, : len(stop_ids)] = stop_ids
 
@@ -159,10 +171,14 @@ class SamplingState:
         if not self._dirty:
             return
         rows = np.array(sorted(self._dirty), np.int64)
-        index = torch.from_numpy(rows).to(self.device)
-        self._device_floats[index] = torch.from_numpy(self._floats[rows]).to(self.device)
-        self._device_ints[index] = torch.from_numpy(self._ints[rows]).to(self.device)
-        self._device_stop_ids[index] = torch.from_numpy(self._stop_ids[rows]).to(self.device)
+        index = to_device(rows, self.device)
+        floats, ints = to_device(self._floats[rows], self.device), to_device(self._ints[rows], self.device)
+        self._device_floats[index] = floats
+        self._device_ints[index] = ints
+        self.temperatures[index] = floats[:, 0].to(torch.float32)
+        self.streams[index] = ints[:, 0]
+        self.min_tokens[index] = ints[:, 2]
+        self.stop_ids[index] = to_device(self._stop_ids[rows], self.device)
         self._dirty.clear()
 
     def _make_plan(self, rows: npt.NDArray[np.int64]) -> BatchPlan:
@@ -175,17 +191,17 @@ class SamplingState:
             places = np.flatnonzero((modes == mode) & (edited | (mode != Mode.GREEDY)))
             groups += [self._group(mode, places[i : i + size], rows) for i in range(0, len(places), size)]
         wanted = [(int(p), self._samplings[rows[p]].num_logprobs) for p in np.flatnonzero(self._wants[rows, 1])]
-        index = torch.from_numpy(rows).to(self.device)
+        index = to_device(rows, self.device)
         return BatchPlan(
             groups,
             plan_requests([(p, k) for p, k in wanted if k is not None], self.vocab_size, self.device),
-            self._device_stop_ids[index],
+            self.stop_ids[index],
             self._device_ints[index, 2],
         )
 
     def _group(self, mode: Mode, places: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> RowGroup:
         members = rows[places]
-        device_rows = torch.from_numpy(members).to(self.device)
+        device_rows = to_device(members, self.device)
         floats, ints = self._device_floats[device_rows], self._device_ints[device_rows]
         edits = None
         if self._wants[members, 0].any():
@@ -195,7 +211,7 @@ class SamplingState:
             edits = build_edits(batch_rows, samplings, functions, self.penalties, self.device)
         return RowGroup(
             mode=mode,
-            index=None if len(places) == len(rows) else torch.from_numpy(places).to(self.device),
+            index=None if len(places) == len(rows) else to_device(places, self.device),
             edits=edits,
             temperature=floats[:, 0].to(torch.float32),
             log_min_p=floats[:, 1].to(torch.float32) if (self._floats[members, 1] > -math.inf).any() else None,

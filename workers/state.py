@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from shoal.workers.batch import AttentionMetadata, ForwardBatch
+from shoal.workers.pending import to_device
 from shoal.workers.plan import Int32, SchedulerOutput
 
 
@@ -83,4 +84,4 @@ class BatchState:
         self.ended[rows] |= ended
 
     def _tensor(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.tensor(values, device=self.device)
+        return to_device(values, self.device)

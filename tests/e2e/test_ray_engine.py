@@ -153,11 +153,11 @@ def test_shutdown_frees_everything(ray_cluster, tiny_checkpoint) -> None:
     llm.shutdown()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and (
-        groups() != before or ray.available_resources()["CPU"] != free or any(map(alive, pids))
+        groups() != before or ray.available_resources()["CPU"] < free or any(map(alive, pids))
     ):
         time.sleep(0.2)
     assert groups() == before
-    assert ray.available_resources()["CPU"] == free
+    assert ray.available_resources()["CPU"] >= free
     assert not any(map(alive, pids))
     with pytest.raises(RuntimeError, match="shut down"):
         llm.generate(PROMPTS, GREEDY)

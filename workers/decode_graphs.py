@@ -1,0 +1,151 @@
+"""Decode steps as CUDA graphs: one recording per batch size, made when first needed, replayed from then on.
+
+A graph reads which rows it serves from a buffer (-1 is padding) and finds everything else in the persistent batch, so
+the host does nothing between the steps of a burst. "full" graphs also sample and append; "logits" graphs stop at the
+logits, for rows that ask the sampler for more than temperature.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.kernels.ops.decode_step import append_decode, prepare_decode
+from shoal.kernels.ops.sample_rows import sample_rows
+from shoal.workers.batch import AttentionMetadata, ForwardBatch
+from shoal.workers.pending import to_device
+from shoal.workers.plan import Int32
+from shoal.workers.sampling_state import SamplingState
+from shoal.workers.state import BatchState
+
+_SHORTEST_BOUND = 512  # contexts below this share their graphs
+_WARM_UP_RUNS = 1  # compiles kernels and lets libraries allocate, which must not happen while recording
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to record: close together where padding costs, up to max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32), *range(1024, 4097, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """Graphs of one model over one KV cache; dropped with either."""
+
+    def __init__(
+        self, model: Any, kv_cache: list[torch.Tensor], state: BatchState, sampling: SamplingState, max_num_seqs: int
+    ) -> None:
+        self._model, self._kv_cache, self._state, self._sampling = model, kv_cache, state, sampling
+        self._sizes = graph_sizes(max_num_seqs)
+        device, most = state.device, max_num_seqs
+        self._max_len = state.token_ids.shape[1]
+
+        def buffer(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._rows = buffer(torch.int64, most)
+        self._input_ids, self._positions, self._slots = (buffer(torch.int64, most) for _ in range(3))
+        self._seq_lens, self._out = buffer(torch.int32, most), buffer(torch.int32, most)
+        self._block_tables = buffer(torch.int32, most, state.block_tables.shape[1])
+        self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._stop_ids = sampling.stop_ids.data_ptr()
+        self._size = 0
+        self._bound = 0
+
+    def set_rows(self, rows: Int32, longest: int) -> None:
+        """Serve these rows from now on; no context among them exceeds `longest` tokens in the coming replays."""
+        self._size = self._sizes[bisect.bisect_left(self._sizes, len(rows))]
+        self._bound = min(self._max_len, max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length()))
+        padded = np.full(self._size, -1, np.int64)
+        padded[: len(rows)] = rows
+        self._rows[: self._size] = to_device(padded, self._rows.device)
+
+    def decode(self) -> torch.Tensor:
+        """One step with sampling: int32 [>= rows], a token for each row, -1 where it had ended."""
+        return self._replay(full=True)
+
+    def logits(self) -> torch.Tensor:
+        """One step up to the logits [>= rows, vocab]."""
+        return self._replay(full=False)
+
+    def _replay(self, full: bool) -> torch.Tensor:
+        if self._stop_ids != self._sampling.stop_ids.data_ptr():  # the table grew: old recordings read the old one
+            self._graphs.clear()
+            self._stop_ids = self._sampling.stop_ids.data_ptr()
+        key = (self._size, self._bound, full)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(full)
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
+
+    def _record(self, full: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Warm up and record on a side stream. The warm-up serves padding only, so it changes nothing."""
+        rows = self._rows[: self._size].clone()
+        step: Callable[[], torch.Tensor] = self._full_step if full else self._logits_step
+        self._rows[: self._size] = -1
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP_RUNS):
+                step()
+            graph = torch.cuda.CUDAGraph()
+            # Not torch.cuda.graph(): it collects garbage and empties the cache at every recording, some 0.1 s each.
+            graph.capture_begin(pool=self._pool)
+            result = step()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._rows[: self._size] = rows
+        return graph, result
+
+    def _logits_step(self) -> torch.Tensor:
+        n, state = self._size, self._state
+        prepare_decode(
+            self._rows[:n],
+            state.token_ids,
+            state.num_tokens,
+            state.block_tables,
+            state.ended,
+            state.block_size,
+            self._input_ids[:n],
+            self._positions[:n],
+            self._slots[:n],
+            self._seq_lens[:n],
+            self._block_tables[:n],
+        )
+        attention = AttentionMetadata(
+            self._starts[: n + 1],
+            self._seq_lens[:n],
+            self._block_tables[:n],
+            self._slots[:n],
+            state.block_size,
+            1,
+            self._bound,
+        )
+        hidden = self._model(ForwardBatch(self._input_ids[:n], self._positions[:n], attention), self._kv_cache)
+        logits: torch.Tensor = self._model.compute_logits(hidden)
+        return logits
+
+    def _full_step(self) -> torch.Tensor:
+        logits = self._logits_step()
+        n, state, sampling = self._size, self._state, self._sampling
+        rows = self._rows[:n]
+        generated = (state.num_tokens[rows] - state.num_prompt_tokens[rows]).long()
+        sampled = sample_rows(logits, sampling.temperatures[rows], sampling.streams[rows], generated)
+        append_decode(
+            rows,
+            sampled,
+            state.token_ids,
+            state.num_tokens,
+            state.num_prompt_tokens,
+            sampling.min_tokens,
+            sampling.stop_ids,
+            state.ended,
+            self._out[:n],
+        )
+        return self._out[:n]
