@@ -111,7 +111,7 @@ class KVCacheManager:
 
     def find_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the request's leading tokens; at least one token is always left to compute."""
-        if not self.enable_prefix_caching or request.source.params.prompt_logprobs is not None:
+        if not self.enable_prefix_caching or request.source.params.skip_reading_prefix_cache:
             return []
         hits: list[int] = []
         for prefix_hash in self._hash(request, (request.num_tokens - 1) // self.block_size):

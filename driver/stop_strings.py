@@ -46,4 +46,5 @@ class StopStrings:
             params.include_stop_str_in_output,
             params.min_tokens,
             params.skip_special_tokens,
+            params.spaces_between_special_tokens,
         )

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from shoal.workers.config import WorkerConfig
+from shoal.workers.host import keep_freed_memory
 
 STOP = object()
 
@@ -28,6 +29,7 @@ class Worker:
     """One rank. Methods are called by the driver; `run` is the door to everything the loop thread does."""
 
     def __init__(self, rank: int) -> None:
+        keep_freed_memory()  # before any thread allocates
         self.rank = rank
         self.runner: Any = None
         self._tp: Any = None

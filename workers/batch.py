@@ -13,7 +13,9 @@ class AttentionMetadata:
 
     cu_seqlens_q: torch.Tensor  # int32 [num_rows + 1], offsets of the rows' query tokens
     seq_lens: torch.Tensor  # int32 [num_rows], context length including this pass's tokens
-    block_tables: torch.Tensor  # int32 [num_rows, max_blocks], ids of KV blocks; entries past a row's need are undefined
+    block_tables: (
+        torch.Tensor
+    )  # int32 [num_rows, max_blocks], ids of KV blocks; entries past a row's need are undefined
     slot_mapping: torch.Tensor  # int64 [num_tokens], block_id * block_size + offset where each token's K and V go
     block_size: int
     max_query_len: int
