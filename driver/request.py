@@ -100,6 +100,7 @@ class Request:
     token_ids: list[int]  # prompt and confirmed output
     num_prompt_tokens: int
     max_total_tokens: int  # prompt + max_tokens, at most max_model_len
+    stop_set: frozenset[int] = frozenset()  # source.stop_ids
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0  # KV exists or is on its way by plans in flight
     num_inflight_tokens: int = 0  # sampled by plans in flight, ids not known here yet

@@ -52,6 +52,7 @@ class Scheduler:
             list(prompt),
             len(prompt),
             min(len(prompt) + source.params.max_tokens, limits.max_model_len),
+            frozenset(source.stop_ids),
             stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
         )
         capacity = limits.num_blocks * limits.block_size
@@ -167,17 +168,18 @@ class Scheduler:
     def _burst_length(self) -> int:
         """Steps to grant: more than one only while every row decodes and nobody can be let in."""
         most = self.limits.decode_burst
-        if most == 1 or any(self._pending(r) > 1 for r in self.running):
+        pending = [(request, self._pending(request)) for request in self.running]
+        if most == 1 or any(count > 1 for _, count in pending):
             return 1
         head = self._head()
         if head is not None:
             if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
-        rows = [r for r in self.running if self._pending(r)]
-        while most > 1:
-            missing = sum(self.kv.missing(r, min(r.num_computed_tokens + most, r.max_total_tokens)) for r in rows)
-            if missing <= self.kv.pool.num_free:
+        rows = [request for request, count in pending if count]
+        free, size = self.kv.pool.num_free, self.limits.block_size
+        while most > 1 and len(rows) * (most // size + 1) > free:  # else there is room whatever the tables look like
+            if sum(self.kv.missing(r, min(r.num_computed_tokens + most, r.max_total_tokens)) for r in rows) <= free:
                 break
             most //= 2
         return most
@@ -270,6 +272,7 @@ class Scheduler:
         now = time.time()
         finished: list[Request] = []
         sampled = 0
+        token_ids = output.token_ids.tolist()
         for index, request in enumerate(plan.requests):
             request.num_plans_inflight -= 1
             if index in output.prompt_logprobs:
@@ -278,7 +281,7 @@ class Scheduler:
             if plan.output.samples[index]:
                 steps = int(plan.output.row_steps[index])
                 request.num_inflight_tokens -= steps
-                self._append(request, output.token_ids[sampled, :steps].tolist(), output.logprobs.get(sampled), now)
+                self._append(request, token_ids[sampled][:steps], output.logprobs.get(sampled), now)
                 sampled += 1
             self._finish_if_idle(request, finished)
         return finished
@@ -288,13 +291,7 @@ class Scheduler:
         if request.finished:
             self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids)
             return
-        kept = 0
-        for token in token_ids:
-            assert token >= 0, "the ranks ended a row that the driver did not"
-            request.token_ids.append(token)
-            kept += 1
-            if self._check_stop(request, token):
-                break
+        kept = self._confirm(request, token_ids)
         if not request.stats.first_token_ts:
             request.stats.first_token_ts = now
         request.stats.last_token_ts = now
@@ -306,9 +303,24 @@ class Scheduler:
         if not request.finished:
             self.kv.remember(request)
 
+    def _confirm(self, request: Request, token_ids: list[int]) -> int:
+        """Append tokens up to the one that ends the request; how many."""
+        source = request.source
+        room = request.max_total_tokens - request.num_tokens
+        if not source.params.stop and room > len(token_ids) and request.stop_set.isdisjoint(token_ids):
+            assert token_ids[-1] >= 0, "the ranks ended a row that the driver did not"
+            request.token_ids += token_ids
+            return len(token_ids)
+        for kept, token in enumerate(token_ids, 1):
+            assert token >= 0, "the ranks ended a row that the driver did not"
+            request.token_ids.append(token)
+            if self._check_stop(request, token):
+                return kept
+        return len(token_ids)
+
     def _check_stop(self, request: Request, token: int) -> bool:
         source = request.source
-        if request.num_output_tokens >= source.params.min_tokens and token in source.stop_ids:
+        if token in request.stop_set and request.num_output_tokens >= source.params.min_tokens:
             request.finish_reason = "stop"
             request.stop_reason = None if token in source.eos_ids else token
         elif source.params.stop and self._stop_check is not None and self._stop_check(request, token):
