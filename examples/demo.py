@@ -16,7 +16,7 @@ from demo_weights import weights_path
 from shoal import LLM, SamplingParams
 
 GIB = 1 << 30
-SHOWN = ("capital-of-france", "summary-library", "triage-01")
+SHOWN = ("capital-of-france", "fix-grammar", "summary-library", "python-function")
 
 
 def main() -> int:
