@@ -14,8 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from shoal.kernels.op import Op
 
-# Context tokens (padding included) that one group of decoding rows gathers at most: bounds scratch memory.
-_GROUP_TOKENS = 16384
+# Bytes of keys (padding included) that one group of decoding rows gathers at most, and as many of values. A CPU wants
+# them to stay in its own cache.
+_GROUP_BYTES_CPU = 2 << 20
+_GROUP_BYTES = 256 << 20
 # A row joins a group while the group's padding stays below this share.
 _MAX_PADDING = 0.25
 
@@ -51,7 +53,8 @@ def _paged_attention(
     if not decoding:
         return output
     all_decode = len(decoding) == query.shape[0] == len(lengths)
-    for group in _groups(decoding, lengths):
+    limit = _GROUP_BYTES_CPU if query.device.type == "cpu" else _GROUP_BYTES
+    for group in _groups(decoding, lengths, limit // (key_cache[0, 0].numel() * key_cache.element_size())):
         rows = torch.tensor(group, device=query.device)
         tokens = rows if all_decode else cu_seqlens_q[rows].long()
         longest = max(lengths[row] for row in group)
@@ -90,13 +93,13 @@ def _attend_row(
     return result.squeeze(0).transpose(0, 1)
 
 
-def _groups(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in groups of similar length: little padding, and no more than _GROUP_TOKENS unless one row has more."""
+def _groups(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Rows in groups of similar length: little padding, no more than `max_tokens` positions unless one row has more."""
     group: list[int] = []
     total = 0
     for row in sorted(rows, key=lambda row: lengths[row]):
         padded = (len(group) + 1) * lengths[row]
-        if group and (padded > _GROUP_TOKENS or padded - total - lengths[row] > _MAX_PADDING * padded):
+        if group and (padded > max_tokens or padded - total - lengths[row] > _MAX_PADDING * padded):
             yield group
             group, total = [], 0
         group.append(row)

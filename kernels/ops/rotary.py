@@ -23,7 +23,11 @@ def _rotary(
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = first.shape[-1]
+    torch.mul(first, cos, out=rotated[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=rotated[..., half:]).addcmul_(first, sin)
+    return rotated
 
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ from shoal.kernels.op import Op
 def _silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(first half) * second half of the last dimension: [..., 2 * size] -> [..., size]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:

@@ -24,8 +24,9 @@ def _store_kv(
     if bool((slot_mapping < 0).any()):
         kept = (slot_mapping >= 0).nonzero().squeeze(1)
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    key_cache.flatten(0, 1)[slot_mapping] = key
-    value_cache.flatten(0, 1)[slot_mapping] = value
+    # view, not flatten: a cache that could not be viewed would be copied, and the write lost.
+    key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, key)
+    value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
 
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:
