@@ -155,9 +155,8 @@ def _draw_from_best(
         noise = gumbel_noise(streams, positions, vocab_size).gather(1, ids)
     drawn = torch.where(kept, values + noise, -torch.inf)
     best = drawn.amax(dim=-1, keepdim=True)
-    # Equal sums: the lowest id, as argmax over the vocabulary would. NaN equals nothing; the id must still be one.
-    lowest = torch.where(drawn == best, ids, vocab_size).amin(dim=-1)
-    return lowest.clamp_(max=vocab_size - 1), covered
+    # Equal sums: the lowest id, as argmax over the vocabulary would. NaN is never kept, so something equals the best.
+    return torch.where(drawn == best, ids, vocab_size).amin(dim=-1), covered
 
 
 def _row_chunks(logits: Tensor) -> Iterator[slice]:

@@ -84,6 +84,15 @@ def test_filtered_equals_the_definition_over_the_whole_vocabulary(chunk, monkeyp
     assert sample_filtered(*picked, 1 << 20).tolist() == [expected[i] for i in small.tolist()]
 
 
+def test_top_p_is_of_the_mass_that_a_large_top_k_leaves():
+    """The nucleus is within the first candidates, but how large it is only the 1500 best can say."""
+    row = torch.arange(40)
+    top_k, top_p = torch.full((40,), 1500), torch.full((40,), 0.05, dtype=torch.float64)
+    logits, off = noisy(40, 2500, spread=0.01), torch.full((40,), -torch.inf)
+    arguments = (logits, torch.ones(40), off, top_k, top_p, row, row)
+    assert sample_filtered(*arguments).tolist() == drawn_by_definition(*arguments)
+
+
 def test_sample_equals_the_definition_in_any_chunking(monkeypatch):
     row = torch.arange(20)
     logits = noisy(20, 1001).to(torch.bfloat16)
@@ -96,7 +105,9 @@ def test_sample_equals_the_definition_in_any_chunking(monkeypatch):
 
 
 def test_nan_logits_still_give_an_id():
-    logits = torch.full((2, 700), torch.nan)
+    logits = noisy(2, 700)
+    logits[0] = torch.nan
+    logits[1, ::2] = -torch.tensor(torch.nan)
     one, none = torch.ones(2), torch.zeros(2, dtype=torch.int64)
     for top_k in (5, 700):
         ids = sample_filtered(logits, one, None, none + top_k, torch.full((2,), 0.5, dtype=torch.float64), none, none)

@@ -337,7 +337,10 @@ def test_observe_ignores_no_token_and_rows_without_penalties():
     engine = Engine()
     engine.add(0, RowSampling(temperature=0.0, presence_penalty=2.0))
     engine.add(1, RowSampling(temperature=0.0))
-    engine.sampler.observe(torch.tensor([0, 1]), torch.tensor([-1, 7]))
+    engine.add(2, RowSampling(temperature=0.0, presence_penalty=2.0))
+    engine.sampler.observe(torch.tensor([0, 1, 2]), torch.tensor([-1, 7, -1]))
+    for last in (0, VOCAB - 1):
+        assert engine.step(ranked(last, 8).expand(2, -1), [0, 2]).token_ids.tolist() == [last, last]
     logits = ranked(7, 8).expand(2, -1)
     assert engine.step(logits, [0, 1]).token_ids.tolist() == [7, 7]
     engine.sampler.observe(torch.tensor([1, 0]), torch.tensor([7, 7]))
@@ -351,6 +354,8 @@ def test_a_reused_row_forgets_all_of_its_last_request():
         again = generate(engine, {0: (3, {}), 1: (4, {"temperature": 0.0})}, 4)
         assert again == generate(Engine(2), {0: (3, {}), 1: (4, {"temperature": 0.0})}, 4)
         assert len(engine.state.penalties) == 0
+        engine.add(0, RowSampling(temperature=0.0, stop_ids=(9,)))
+        assert not engine.step(ranked(2).unsqueeze(0), [0]).ended.any()
 
 
 class _LargestFloat(TorchDispatchMode):
