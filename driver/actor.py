@@ -72,19 +72,12 @@ class _Control:
 class Driver:
     """One replica. Plain class: `RemoteDriver` is the actor."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        spec: ModelSpec,
-        load: LoadConfig,
-        tokenizer_json: str | None,
-        processors: list[Any],
-        env: dict[str, str],
-    ) -> None:
-        self._config, self._spec, self._load, self._env = config, spec, load, env
+    def __init__(self, config: EngineConfig, processors: list[Any], env: dict[str, str]) -> None:
+        self._config, self._env = config, env
+        self._spec: ModelSpec
+        self._load: LoadConfig
         self._processors = processors[0]  # reference to the classes, which only the ranks unpack
         self._has_processors = bool(processors[1])
-        self._stop_strings = StopStrings(tokenizer_json)
         self._metrics = EngineMetrics()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._controls: deque[_Control] = deque()
@@ -97,6 +90,8 @@ class Driver:
         self._asleep: set[str] = set()  # "weights", "kv_cache"
         self._closing = False
         self._group: WorkerGroup
+        self._placed = False
+        self._stop_strings: StopStrings
         self._channel: StepChannel
         self._scheduler: Scheduler
         self._resolved: ResolvedConfig
@@ -104,20 +99,21 @@ class Driver:
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
-    def start(self) -> ResolvedConfig:
-        """Place the ranks, load the weights, size the cache and begin. Errors of the user's are ValueErrors."""
-        config, spec = self._config, self._spec
+    def place(self) -> None:
+        """Get the ranks their places and their processes started; the model need not be known."""
+        config = self._config
         device = pick_device(config, ray.cluster_resources())
-        spec.check_tensor_parallel(config.tensor_parallel_size)
-        dtype = resolve_dtype(config.dtype, spec, device, self._load.load_format == "gguf")
-        max_model_len = check_model_len(config, spec)
         self._group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
-        try:
-            resolved = self._set_up(device, dtype, max_model_len)
-        except BaseException:
-            self._group.shutdown()
-            raise
-        self._resolved = resolved
+        self._placed = True
+
+    def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
+        """Load the weights, size the cache and begin, once placed. Errors of the user's are ValueErrors."""
+        config, device = self._config, self._group.device
+        self._spec, self._load = spec, load
+        self._stop_strings = StopStrings(tokenizer_json)
+        spec.check_tensor_parallel(config.tensor_parallel_size)
+        dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
+        self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
         self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
@@ -184,6 +180,7 @@ class Driver:
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join(timeout=30)
+        if self._placed:
             self._group.shutdown()
 
     # ---- called by clients, on any thread ----------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Settings of the user's environment that the ranks' processes need, wherever they run.
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
 _started_ray = False  # by this module, in this process
+_inherited_env: dict[str, str] = {}  # of those settings, what that Ray's processes got
 _num_engines = 0
 
 
@@ -38,6 +39,7 @@ def connect(address: str | None) -> None:
         return
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
     _started_ray = True
+    _inherited_env.update({name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)})
 
 
 def ask(reference: Any) -> Any:
@@ -62,20 +64,25 @@ class Engine:
         self.resolved = resolved
 
     @classmethod
-    def start(cls, config: EngineConfig, model: ResolvedModel, tokenizer_json: str | None) -> Engine:
-        """Create the replica and wait until it is ready."""
-        check_model_len(config, model.spec)
+    def start(cls, config: EngineConfig, get_model: Callable[[], tuple[ResolvedModel, Any, str | None]]) -> Engine:
+        """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
         connect(config.address)
         env = {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)}
+        if env == _inherited_env:
+            env = {}  # every process of this Ray has it already, and Ray starts processes faster without
         # What may need torch to unpack travels as a reference; the driver passes it on to the ranks.
         processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": []})
-        driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(
-            plain, model.spec, model.load, tokenizer_json, processors, env
-        )
+        driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(plain, processors, env)
         try:
-            resolved = ask(driver.start.remote())
+            placing = driver.place.remote()
+            model, _, tokenizer_json = get_model()
+            check_model_len(config, model.spec)
+            ask(placing)
+            resolved = ask(driver.start.remote(model.spec, model.load, tokenizer_json))
         except BaseException:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(driver.shutdown.remote(), timeout=10)
             ray.kill(driver)
             _stop_ray_if_last()
             raise
@@ -142,3 +149,4 @@ def _stop_ray_if_last() -> None:
     if _started_ray and _num_engines == 0:
         ray.shutdown()
         _started_ray = False
+        _inherited_env.clear()

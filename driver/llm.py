@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +18,6 @@ from shoal.driver.rows import OnError, RowBatch
 if TYPE_CHECKING:
     from shoal.driver.engine import Engine
     from shoal.driver.metrics import Metric
-    from shoal.driver.model_config import ResolvedModel
     from shoal.driver.resolve import ResolvedConfig
     from shoal.workers.models.spec import ModelSpec
 
@@ -96,13 +96,13 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         # Here, not at the top: `import shoal` stays free of Ray, and of transformers until a model is resolved.
         from shoal.driver.engine import Engine
-        from shoal.driver.model_config import load_tokenizer, resolve_model, serialized_tokenizer
+        from shoal.driver.model_config import resolve_all
 
-        model: ResolvedModel = resolve_model(config)
-        self._tokenizer = load_tokenizer(config, model)
-        tokenizer_json = None if self._tokenizer is None else serialized_tokenizer(self._tokenizer)
-        engine = Engine.start(config, model, tokenizer_json)
+        with ThreadPoolExecutor(1) as pool:  # Ray's processes start while the model's files are read
+            resolving = pool.submit(resolve_all, config)
+            engine = Engine.start(config, resolving.result)
         self._engine = engine
+        model, self._tokenizer, tokenizer_json = resolving.result()
         self.config: EngineConfig = config
         """What the user said."""
         self.resolved: ResolvedConfig = engine.resolved

@@ -130,6 +130,13 @@ def load_tokenizer(config: EngineConfig, model: ResolvedModel) -> Any:
         ) from error
 
 
+def resolve_all(config: EngineConfig) -> tuple[ResolvedModel, Any, str | None]:
+    """(model, tokenizer or None, its fast backend as JSON or None)."""
+    model = resolve_model(config)
+    tokenizer = load_tokenizer(config, model)
+    return model, tokenizer, None if tokenizer is None else serialized_tokenizer(tokenizer)
+
+
 def serialized_tokenizer(tokenizer: Any) -> str | None:
     """The fast tokenizer as JSON, for `tokenizers.Tokenizer.from_str`; None when it has no fast backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

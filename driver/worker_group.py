@@ -149,7 +149,7 @@ class WorkerGroup:
             "num_gpus": bundle.get("GPU", 0),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
         }
-        if self.device == "cuda":  # symmetric memory needs every rank to see all GPUs of its host
+        if self.device == "cuda" and self.world_size > 1:  # ranks that share memory must see all GPUs of their host
             env = env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         if env:
             options["runtime_env"] = {"env_vars": env}

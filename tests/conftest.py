@@ -161,7 +161,8 @@ class LocalEngine:
         assert replace(worker) == worker
 
     @classmethod
-    def start(cls, config, model, tokenizer_json):
+    def start(cls, config, get_model):
+        model, _, tokenizer_json = get_model()
         return cls(config, model, tokenizer_json)
 
     def submit(self, requests) -> None:

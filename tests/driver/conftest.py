@@ -48,8 +48,8 @@ class CountingEngine:
         )
 
     @classmethod
-    def start(cls, config, model, tokenizer_json):
-        cls.made = cls(tokenizer_json)
+    def start(cls, config, get_model):
+        cls.made = cls(get_model()[2])
         return cls.made
 
     def submit(self, requests):
@@ -133,9 +133,11 @@ def make_llm(monkeypatch, tokenizer):
         resolved = SimpleNamespace(spec=spec, generation_config=generation_config or {})
         engine, config = ModuleType("engine"), ModuleType("model_config")
         engine.Engine = CountingEngine
-        config.resolve_model = lambda config: resolved
-        config.load_tokenizer = lambda config, model: None if config.skip_tokenizer_init else tokenizer
-        config.serialized_tokenizer = lambda tokenizer: tokenizer.backend_tokenizer.to_str()
+        text = tokenizer.backend_tokenizer.to_str()
+        config.resolve_all = lambda config: (
+            resolved,
+            *((None, None) if config.skip_tokenizer_init else (tokenizer, text)),
+        )
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "shoal.driver.engine", engine)
             patch.setitem(sys.modules, "shoal.driver.model_config", config)
