@@ -6,7 +6,6 @@ things into its inbox and wait; their order of arrival means nothing, since the 
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import threading
@@ -22,6 +21,7 @@ import ray
 
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
 from shoal.driver.draft import Plan, SchedulerLimits
+from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
 from shoal.driver.request import EngineRequest, FinishedRequest, Request
@@ -41,7 +41,6 @@ from shoal.workers.config import LoadConfig, WorkerConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.plan import StepOutput, TokenLogprobs
 
-logger = logging.getLogger("shoal")
 GROUP_TIMEOUT_S = 600.0  # of a collective: a peer that is silent this long counts as dead
 
 
@@ -285,11 +284,12 @@ class Driver:
     # ---- the step loop -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        set_up_logging()
         try:
             while not self._closing:
                 self._step()
         except Exception as error:  # nothing may end this thread silently: every waiting caller must hear of it
-            logger.error("the step loop failed:\n%s", traceback.format_exc())
+            LOGGER.error("the step loop failed:\n%s", traceback.format_exc())
             self._fail(f"{type(error).__name__}: {error}")
 
     def _step(self) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
+from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Engine:
     @classmethod
     def start(cls, config: EngineConfig, get_model: Callable[[], tuple[ResolvedModel, Any, str | None]]) -> Engine:
         """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
+        set_up_logging()
         connect(config.address)
         env = {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)}
         if env == _inherited_env:
@@ -86,6 +88,7 @@ class Engine:
             ray.kill(driver)
             _stop_ray_if_last()
             raise
+        LOGGER.info("%s: %s", config.model, resolved)
         return cls(driver, resolved)
 
     def submit(self, requests: list[EngineRequest]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from shoal.driver.config import GIB, EngineConfig
 if TYPE_CHECKING:
     from shoal.workers.models.spec import ModelSpec
 
-logger = logging.getLogger("shoal")
 MAX_BLOCKS = 1 << 18  # of a cache nobody sized by hand: a tiny model's default cache would be millions of blocks
 LARGE_GPU_BYTES = 70 * GIB
 CPU_DECODE_BURST, GPU_DECODE_BURST = 4, 8
