@@ -64,6 +64,8 @@ def reference_model(path: Path) -> LlamaForCausalLM:
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise SystemExit(f"weights do not match the model: missing {missing}, unexpected {unexpected}")
+    # An eos_token_id of None in a call means "the model's own": rows are to run to their full length.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
     return model.to(torch.float32)
 
 

@@ -9,7 +9,7 @@ LOGGER = logging.getLogger("shoal")
 
 
 def set_up_logging() -> None:
-    """Show Shoal's messages, from SHOAL_LOG_LEVEL (default INFO) up, unless the program decides about logging itself."""
+    """Show messages from SHOAL_LOG_LEVEL (default INFO) up, unless the program decides about logging itself."""
     if LOGGER.handlers or logging.getLogger().handlers or LOGGER.level != logging.NOTSET:
         return
     level = os.environ.get("SHOAL_LOG_LEVEL", "INFO").upper()

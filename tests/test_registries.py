@@ -77,3 +77,17 @@ def test_a_family_from_outside_the_tree() -> None:
     assert ModelSpec.from_hf(config).model_class == "shoal.workers.models.qwen3:Qwen3ForCausalLM"
     with pytest.raises(ValueError, match=r"target must look like 'package.module:Class', got 'qwen3'"):
         register_model("MyForCausalLM", "qwen3")
+
+
+def test_every_op_resolves_with_its_implementations() -> None:
+    import inspect
+
+    from shoal.kernels.op import Op
+    from shoal.kernels.registry import OPS, load_op
+
+    for name in OPS:
+        op = load_op(name)
+        assert isinstance(op, Op), name
+        for implementation in op.implementations:
+            parameters = inspect.signature(op.get(implementation)).parameters
+            assert list(parameters) == list(inspect.signature(op.reference).parameters), (name, implementation)

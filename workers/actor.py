@@ -93,11 +93,13 @@ class Worker:
         """Join the process group and load this rank's weights."""
         import torch
 
+        from shoal.kernels.registry import use_implementation
         from shoal.workers.parallel import TensorParallel
         from shoal.workers.runner import ModelRunner
 
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
+        use_implementation("triton" if config.device == "cuda" else "reference")
         self._tp = TensorParallel.init(config.rank, config.world_size, init_method, config.device, timeout_s)
         self.runner = ModelRunner(config, self._tp, processors)
         seconds = self.runner.load()

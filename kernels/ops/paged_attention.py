@@ -50,16 +50,14 @@ def _paged_attention(
         elif num_queries > 1:
             span = slice(starts[row], starts[row + 1])
             output[span] = _attend_row(query[span], key_cache, value_cache, block_tables[row], length, scale)
-    if not decoding:
-        return output
-    all_decode = len(decoding) == query.shape[0] == len(lengths)
-    limit = _GROUP_BYTES_CPU if query.device.type == "cpu" else _GROUP_BYTES
-    for group in _groups(decoding, lengths, limit // (key_cache[0, 0].numel() * key_cache.element_size())):
-        rows = torch.tensor(group, device=query.device)
-        tokens = rows if all_decode else cu_seqlens_q[rows].long()
-        longest = max(lengths[row] for row in group)
-        slots = _slots(block_tables[rows], seq_lens[rows], longest, key_cache.shape[1])
-        output[tokens] = _attend_decode(query[tokens], key_cache, value_cache, slots, seq_lens[rows], scale)
+    if decoding:
+        decoding.sort(key=lengths.__getitem__)
+        rows = torch.tensor(decoding, device=query.device)
+        tokens = cu_seqlens_q[rows].long()
+        cache = (key_cache, value_cache)
+        output[tokens] = _attend_decode(
+            query[tokens], *cache, seq_lens[rows], block_tables[rows], [lengths[row] for row in decoding], scale
+        )
     return output
 
 
@@ -93,44 +91,65 @@ def _attend_row(
     return result.squeeze(0).transpose(0, 1)
 
 
-def _groups(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Rows in groups of similar length: little padding, no more than `max_tokens` positions unless one row has more."""
-    group: list[int] = []
-    total = 0
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        padded = (len(group) + 1) * lengths[row]
-        if group and (padded > max_tokens or padded - total - lengths[row] > _MAX_PADDING * padded):
-            yield group
-            group, total = [], 0
-        group.append(row)
-        total += lengths[row]
-    yield group
-
-
-def _slots(block_tables: torch.Tensor, seq_lens: torch.Tensor, longest: int, block_size: int) -> torch.Tensor:
-    """int64 [n, longest] cache slots of each row's positions; past its end a row repeats its first slot (real data)."""
-    positions = torch.arange(longest, device=seq_lens.device)
-    positions = torch.where(positions < seq_lens.unsqueeze(1), positions, 0)
-    blocks = block_tables.long().gather(1, positions // block_size)
-    return blocks * block_size + positions % block_size
-
-
 def _attend_decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    slots: torch.Tensor,
     seq_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: Sequence[int],
     scale: float,
 ) -> torch.Tensor:
-    """Rows with one query token each: query [n, H, D], slots [n, L] -> [n, H, D]."""
+    """Rows with one query token each, shortest context first: query [n, H, D] -> [n, H, D]."""
+    token_bytes = key_cache[0, 0].numel() * key_cache.element_size()
+    limit = _GROUP_BYTES_CPU if query.device.type == "cpu" else _GROUP_BYTES
+    parts = []
+    for first, last in _groups(lengths, limit // token_bytes):
+        ends = seq_lens[first:last].unsqueeze(1)
+        slots = _slots(block_tables[first:last], ends, lengths[last - 1], key_cache.shape[1])
+        parts.append(_attend_group(query[first:last], key_cache, value_cache, slots, ends, scale))
+    return torch.cat(parts)
+
+
+def _groups(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Spans (first, last + 1) of ascending lengths: little padding, and at most `max_tokens` with it, or one row."""
+    first = total = 0
+    for row, length in enumerate(lengths):
+        padded = (row - first + 1) * length
+        if row > first and (padded > max_tokens or padded - total - length > _MAX_PADDING * padded):
+            yield first, row
+            first, total = row, 0
+        total += length
+    yield first, len(lengths)
+
+
+def _slots(block_tables: torch.Tensor, ends: torch.Tensor, longest: int, block_size: int) -> torch.Tensor:
+    """int64 [n, longest] cache slots of each row's positions; past its end a row repeats its first slot (real data).
+
+    ends [n, 1]: the rows' lengths.
+    """
+    positions = torch.arange(longest, device=ends.device)
+    positions = torch.where(positions < ends, positions, 0)
+    blocks = block_tables.long().gather(1, positions // block_size)
+    return blocks * block_size + positions % block_size
+
+
+def _attend_group(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    ends: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One group of decoding rows: query [n, H, D], slots [n, L], ends [n, 1] -> [n, H, D]."""
     n, num_heads, size = query.shape
     kv_heads, longest = key_cache.shape[2], slots.shape[1]
     key, value = (
         cache.view(-1, kv_heads * size).index_select(0, slots.view(-1)).view(n, longest, kv_heads, size)
         for cache in (key_cache, value_cache)
     )
-    outside = torch.arange(longest, device=query.device) >= seq_lens.unsqueeze(1)
+    outside = torch.arange(longest, device=query.device) >= ends
     mask = torch.zeros(n, longest, dtype=query.dtype, device=query.device).masked_fill_(outside, float("-inf"))
     # The heads that share a KV head go in as its query tokens: nothing is repeated.
     result = scaled_dot_product_attention(
@@ -158,7 +177,7 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         tables = torch.randint(-(2**31), 2**31 - 1, (len(rows), max(needs) + 2), generator=generator, dtype=torch.int32)
         for row, (_, context) in enumerate(rows):
             tables[row, : needs[row]] = ids[sum(needs[:row]) :][: needs[row]]
-            slots = _slots(tables[row : row + 1], torch.tensor([context]), context, block_size)[0]
+            slots = _slots(tables[row : row + 1], torch.tensor([[context]]), context, block_size)[0]
             caches.flatten(1, 2)[:, slots] = torch.randn(2, context, kv_heads, size, generator=generator)
         starts = torch.tensor([0, *(tokens for tokens, _ in rows)]).cumsum(0).to(torch.int32)
         contexts = torch.tensor([context for _, context in rows], dtype=torch.int32)
@@ -167,4 +186,8 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield *tensors, size**-0.5, max(tokens for tokens, _ in rows), max(context for _, context in rows)
 
 
-paged_attention = Op(_paged_attention, cases=_cases)
+paged_attention = Op(
+    _paged_attention,
+    cases=_cases,
+    implementations={"triton": "shoal.kernels.triton.paged_attention:paged_attention"},
+)

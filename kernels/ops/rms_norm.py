@@ -32,4 +32,4 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield x, weight, 1e-5, residual if with_residual else None
 
 
-rms_norm = Op(_rms_norm, cases=_cases)
+rms_norm = Op(_rms_norm, cases=_cases, implementations={"triton": "shoal.kernels.triton.rms_norm:rms_norm"})

@@ -22,4 +22,6 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield (torch.randn(shape, generator=generator).to(device) * 4,)
 
 
-silu_and_mul = Op(_silu_and_mul, cases=_cases)
+silu_and_mul = Op(
+    _silu_and_mul, cases=_cases, implementations={"triton": "shoal.kernels.triton.silu_and_mul:silu_and_mul"}
+)

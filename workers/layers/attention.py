@@ -35,13 +35,16 @@ class Attention(torch.nn.Module):
 
         `kv_cache` is this layer's, [2, num_blocks, block_size, num_kv_heads, D].
         """
-        key_cache, value_cache = kv_cache[0], kv_cache[1]
         key, value = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (key, value))
-        store_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        store_kv(key, value, kv_cache[0], kv_cache[1], metadata.slot_mapping)
+        return self.attend(query.view(-1, self.num_heads, self.head_dim), metadata, kv_cache)
+
+    def attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: torch.Tensor) -> torch.Tensor:
+        """query [T, num_heads, D] -> [T, num_heads * D], over keys and values that are in the cache already."""
         output = paged_attention(
-            query.view(-1, self.num_heads, self.head_dim),
-            key_cache,
-            value_cache,
+            query,
+            kv_cache[0],
+            kv_cache[1],
             metadata.cu_seqlens_q,
             metadata.seq_lens,
             metadata.block_tables,

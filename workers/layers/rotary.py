@@ -1,4 +1,4 @@
-"""Rotary embeddings: the frequencies of each rope type, and cos and sin of a pass's positions."""
+"""Rotary embeddings: the frequencies of each rope type, and cos and sin of every position."""
 
 from __future__ import annotations
 
@@ -12,20 +12,16 @@ if TYPE_CHECKING:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """cos and sin for each token; computed once a pass and shared by its layers."""
+    """The table of cosines and sines that all layers share."""
 
-    inv_freq: torch.Tensor
+    cos_sin: torch.Tensor  # float32 [num_positions, head_dim]: a position's cosines, then its sines
 
-    def __init__(self, rope: RopeSpec, head_dim: int) -> None:
+    def __init__(self, rope: RopeSpec, head_dim: int, num_positions: int) -> None:
         super().__init__()
-        self.scale = rope.attention_factor
-        device = torch.get_default_device()
-        self.register_buffer("inv_freq", inverse_frequencies(rope, head_dim).to(device), persistent=False)
-
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [num_tokens] -> cos and sin, float32 [num_tokens, head_dim / 2] each."""
-        angles = positions.unsqueeze(1) * self.inv_freq
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        inv_freq = inverse_frequencies(rope, head_dim)
+        angles = torch.arange(num_positions, dtype=torch.float32, device="cpu").unsqueeze(1) * inv_freq
+        table = torch.cat([angles.cos(), angles.sin()], dim=1) * rope.attention_factor
+        self.register_buffer("cos_sin", table.to(torch.get_default_device()), persistent=False)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from shoal.kernels.ops.rotary import rotary
+from shoal.kernels.ops.qk_norm_rope_store import qk_norm_rope_store
 from shoal.workers.layers.activation import GatedActivation
 from shoal.workers.layers.attention import Attention
 from shoal.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from shoal.workers.models.spec import ModelSpec
     from shoal.workers.parallel import TensorParallel
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
+Rotation = tuple[torch.Tensor, torch.Tensor]  # table of cosines and sines, positions of the pass's tokens
 
 
 class RotaryAttention(torch.nn.Module):
-    """Self-attention with rotary positions. Families that normalize heads override `normalize`."""
+    """Self-attention with rotary positions. Families that normalize heads set `q_norm` and `k_norm`."""
 
     def __init__(self, spec: ModelSpec, layer: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -36,22 +36,27 @@ class RotaryAttention(torch.nn.Module):
             spec.hidden_size, spec.head_dim, spec.num_heads, spec.num_kv_heads, tp, bias=spec.attention_bias
         )
         self.o_proj = RowParallelLinear(spec.num_heads * spec.head_dim, spec.hidden_size, tp, bias=spec.attention_bias)
+        self.norm_eps = spec.norm_eps
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         self.attn = Attention(self.num_heads, self.num_kv_heads, spec.head_dim, spec.layer_attention_scale(layer))
-
-    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hook between projection and rotation: [T, heads, D] each."""
-        return query, key
 
     def forward(
         self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]."""
-        query, key, value = self.qkv_proj.split(self.qkv_proj(x))
-        query, key = self.normalize(
-            query.view(-1, self.num_heads, self.head_dim), key.view(-1, self.num_kv_heads, self.head_dim)
+        query = qk_norm_rope_store(
+            self.qkv_proj(x),
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            self.norm_eps,
+            *rotation,
+            kv_cache[0],
+            kv_cache[1],
+            metadata.slot_mapping,
+            self.num_heads,
         )
-        query, key = rotary(query, key, *rotation)
-        output: torch.Tensor = self.o_proj(self.attn(query.flatten(1), key.flatten(1), value, metadata, kv_cache))
+        output: torch.Tensor = self.o_proj(self.attn.attend(query, metadata, kv_cache))
         return output
 
 
@@ -120,7 +125,7 @@ class DecoderModel(Model):
         super().__init__(spec, tp)
         assert spec.rope is not None
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
-        self.rotary_emb = RotaryEmbedding(spec.rope, spec.head_dim)
+        self.rotary_emb = RotaryEmbedding(spec.rope, spec.head_dim, spec.max_position_embeddings)
         self.layers = torch.nn.ModuleList(self.layer_class(spec, layer, tp) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         tie = self.embed_tokens if spec.tie_word_embeddings else None
@@ -131,7 +136,7 @@ class DecoderModel(Model):
         x = self.embed_tokens(batch.input_ids)
         if self.spec.embedding_multiplier != 1.0:
             x = x * self.spec.embedding_multiplier
-        rotation = self.rotary_emb(batch.positions)
+        rotation = (self.rotary_emb.cos_sin, batch.positions)
         residual = None
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             x, residual = layer(x, residual, rotation, batch.attention, cache)

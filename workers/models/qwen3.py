@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from shoal.workers.layers.norm import RMSNorm
 from shoal.workers.models.decoder import DecoderLayer, DecoderModel, RotaryAttention
 
@@ -21,10 +19,6 @@ class Qwen3Attention(RotaryAttention):
         super().__init__(spec, layer, tp)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps)
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
-
-    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each head to unit root mean square, times the shared weight."""
-        return self.q_norm(query), self.k_norm(key)
 
 
 class Qwen3DecoderLayer(DecoderLayer):

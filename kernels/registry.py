@@ -1,0 +1,38 @@
+"""Every op, by name: what is switched from references to kernels when a rank starts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from shoal.kernels.op import Op
+
+OPS = {
+    "activation": "shoal.kernels.ops.activation:activation",
+    "append_decode": "shoal.kernels.ops.decode_step:append_decode",
+    "greedy": "shoal.kernels.ops.sampling:greedy",
+    "layer_norm": "shoal.kernels.ops.layer_norm:layer_norm",
+    "paged_attention": "shoal.kernels.ops.paged_attention:paged_attention",
+    "prepare_decode": "shoal.kernels.ops.decode_step:prepare_decode",
+    "qk_norm_rope_store": "shoal.kernels.ops.qk_norm_rope_store:qk_norm_rope_store",
+    "rms_norm": "shoal.kernels.ops.rms_norm:rms_norm",
+    "rotary": "shoal.kernels.ops.rotary:rotary",
+    "sample": "shoal.kernels.ops.sampling:sample",
+    "sample_filtered": "shoal.kernels.ops.sampling:sample_filtered",
+    "sample_rows": "shoal.kernels.ops.sample_rows:sample_rows",
+    "silu_and_mul": "shoal.kernels.ops.silu_and_mul:silu_and_mul",
+    "store_kv": "shoal.kernels.ops.store_kv:store_kv",
+}
+
+
+def load_op(name: str) -> Op[Any, Any]:
+    """The op of a row of OPS."""
+    module, _, attribute = OPS[name].partition(":")
+    op: Op[Any, Any] = getattr(importlib.import_module(module), attribute)
+    return op
+
+
+def use_implementation(name: str) -> None:
+    """Run every op by its implementation of that name ("reference", "triton"), those without one by their reference."""
+    for op in map(load_op, OPS):
+        op.use(name if name in op.implementations else "reference")

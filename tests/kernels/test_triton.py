@@ -1,0 +1,73 @@
+"""Every implementation of every op against its reference, on poisoned memory: in the interpreter, and on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from shoal.kernels.registry import OPS, load_op
+
+IMPLEMENTED = [name for name in OPS if "triton" in load_op(name).implementations]
+DTYPES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+
+
+def poisoned_empty(*args, **kwargs):
+    tensor = torch.zeros(*args, **kwargs)
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-99)
+
+
+def cast(value, dtype):
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+def outputs(result, arguments):
+    """What an op returned and what it wrote."""
+    returned = result if isinstance(result, tuple) else (result,)
+    return [t for t in (*returned, *arguments) if isinstance(t, torch.Tensor)]
+
+
+def check(name: str, dtype: str, device: str, monkeypatch) -> None:
+    op = load_op(name)
+    run = op.get("triton")
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    keep_wide = {"sample_rows": (1,), "qk_norm_rope_store": (4,)}.get(name, ())
+    for case in op.cases(device):
+        wanted = [cast(v, getattr(torch, dtype)) if i not in keep_wide else v for i, v in enumerate(case)]
+        ours = copy.deepcopy(wanted)
+        expected, found = outputs(op.reference(*wanted), wanted), outputs(run(*ours), ours)
+        for a, b in zip(expected, found, strict=True):
+            assert a.dtype == b.dtype
+            if a.is_floating_point():
+                torch.testing.assert_close(b, a, atol=DTYPES[dtype], rtol=DTYPES[dtype], equal_nan=True)
+            else:
+                assert torch.equal(a, b), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", IMPLEMENTED)
+def test_on_the_gpu(name, dtype, monkeypatch) -> None:
+    check(name, dtype, "cuda", monkeypatch)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", IMPLEMENTED)
+def test_interpreted(name, dtype, monkeypatch) -> None:
+    check(name, dtype, "cpu", monkeypatch)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is running now")
+def test_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_interpreted"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert f"{2 * len(IMPLEMENTED)} passed" in result.stdout
