@@ -37,4 +37,9 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield key, value, caches[0], caches[1], torch.tensor(slots, device=device)
 
 
-store_kv = Op(_store_kv, cases=_cases, tolerance=0.0)
+store_kv = Op(
+    _store_kv,
+    cases=_cases,
+    implementations={"triton": "shoal.kernels.triton.store_kv:store_kv"},
+    tolerance=0.0,
+)

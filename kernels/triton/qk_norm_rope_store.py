@@ -52,18 +52,19 @@ def qk_norm_rope_store_kernel(
     tl.store(out_ptr + at + HEAD // 2, second.to(dtype), mask=mask)
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
+        # Names of their own: Triton lets no name change its shape inside a branch.
         kv_heads = tl.arange(0, KV_PAD)
-        mask = (kv_heads < KV_HEADS)[:, None] & half_mask[None, :]
+        kv_mask = (kv_heads < KV_HEADS)[:, None] & half_mask[None, :]
         keys = row + HEADS * HEAD
-        first, second = _norm_rope(keys, kv_heads, mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
+        low, high = _norm_rope(keys, kv_heads, kv_mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
         place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
-        at = place + kv_heads[:, None] * head_stride + dims[None, :]
-        tl.store(key_ptr + at, first.to(dtype), mask=mask)
-        tl.store(key_ptr + at + HEAD // 2, second.to(dtype), mask=mask)
+        key_at = place + kv_heads[:, None] * head_stride + dims[None, :]
+        tl.store(key_ptr + key_at, low.to(dtype), mask=kv_mask)
+        tl.store(key_ptr + key_at + HEAD // 2, high.to(dtype), mask=kv_mask)
         whole = tl.arange(0, HEAD_PAD)
-        mask = (kv_heads < KV_HEADS)[:, None] & (whole < HEAD)[None, :]
-        values = tl.load(keys + KV_HEADS * HEAD + kv_heads[:, None] * HEAD + whole[None, :], mask=mask)
-        tl.store(value_ptr + place + kv_heads[:, None] * head_stride + whole[None, :], values, mask=mask)
+        value_mask = (kv_heads < KV_HEADS)[:, None] & (whole < HEAD)[None, :]
+        values = tl.load(keys + KV_HEADS * HEAD + kv_heads[:, None] * HEAD + whole[None, :], mask=value_mask)
+        tl.store(value_ptr + place + kv_heads[:, None] * head_stride + whole[None, :], values, mask=value_mask)
 
 
 def qk_norm_rope_store(
