@@ -25,6 +25,8 @@ export RAY_AUTH_MODE ?= token
 export RAY_AUTH_TOKEN_PATH ?= $(RAY_TOKEN)
 endif
 export RAY_USAGE_STATS_ENABLED := 0
+# Ray starts its workers at niceness 15: a CPU rank would stand still whenever anything else computes.
+export RAY_worker_niceness ?= 0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HF_HUB_DISABLE_TELEMETRY := 1

@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import ray
 
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
@@ -39,7 +38,7 @@ from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import StepChannel, WorkerGroup
 from shoal.workers.config import LoadConfig, WorkerConfig
 from shoal.workers.models.spec import ModelSpec
-from shoal.workers.plan import StepOutput, TokenLogprobs
+from shoal.workers.plan import StepOutput, concat_logprobs
 
 GROUP_TIMEOUT_S = 600.0  # of a collective: a peer that is silent this long counts as dead
 
@@ -370,19 +369,9 @@ def _finished(request: Request) -> FinishedRequest:
         stop_text=None if failed else request.stop_text,
         error=request.stop_text if failed else None,
         num_cached_tokens=request.num_cached_tokens,
-        logprobs=_join(request.logprobs),
-        prompt_logprobs=_join(prompt_parts),
+        logprobs=concat_logprobs(request.logprobs) if request.logprobs else None,
+        prompt_logprobs=concat_logprobs(prompt_parts) if prompt_parts else None,
         metrics=request.stats,
-    )
-
-
-def _join(parts: list[TokenLogprobs]) -> TokenLogprobs | None:
-    if not parts:
-        return None
-    return TokenLogprobs(
-        np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.logprobs for p in parts]),
-        np.concatenate([p.ranks for p in parts]),
     )
 
 

@@ -30,7 +30,7 @@ class NoRepeatedNgrams(LogitsProcessor):
         return process
 
 
-prompt = "Roses are red. Roses are red. Roses are red."
+prompt = "A, B, C, A, B, C, A, B, C, A,"
 with LLM(model=sys.argv[1], logits_processors=[NoRepeatedNgrams]) as llm:
     for extra_args in (None, {"no_repeat_ngram": 3}):
         params = SamplingParams(temperature=0.0, max_tokens=32, extra_args=extra_args)

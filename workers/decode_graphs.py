@@ -22,13 +22,14 @@ from shoal.workers.plan import Int32
 from shoal.workers.sampling_state import SamplingState
 from shoal.workers.state import BatchState
 
-_SHORTEST_BOUND = 512  # contexts below this share their graphs
+_SHORTEST_BOUND = 1024  # contexts below this share their graphs
+_SPLITTING_ROWS = 32  # up to here attention may split long contexts, so the bound on them is part of a graph
 _WARM_UP_RUNS = 1  # compiles kernels and lets libraries allocate, which must not happen while recording
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to record: close together where padding costs, up to max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32), *range(1024, 4097, 64)]
+    """Batch sizes to record, up to max_num_seqs. Padding reads no cache and little else, recordings take time: few."""
+    sizes = [1, 2, 4, 8, 16, 32, 48, *range(64, 256, 32), *range(256, 1024, 64), *range(1024, 4097, 128)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
@@ -61,7 +62,10 @@ class DecodeGraphs:
     def set_rows(self, rows: Int32, longest: int) -> None:
         """Serve these rows from now on; no context among them exceeds `longest` tokens in the coming replays."""
         self._size = self._sizes[bisect.bisect_left(self._sizes, len(rows))]
-        self._bound = min(self._max_len, max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length()))
+        bound = (
+            max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length()) if self._size <= _SPLITTING_ROWS else self._max_len
+        )
+        self._bound = min(self._max_len, bound)
         padded = np.full(self._size, -1, np.int64)
         padded[: len(rows)] = rows
         self._rows[: self._size] = to_device(padded, self._rows.device)
@@ -96,7 +100,7 @@ class DecodeGraphs:
                 step()
             graph = torch.cuda.CUDAGraph()
             # Not torch.cuda.graph(): it collects garbage and empties the cache at every recording, some 0.1 s each.
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # the other thread may wait
             result = step()
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)

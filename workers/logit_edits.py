@@ -252,7 +252,7 @@ def _mask_edits(every: list[tuple[int, RowSampling]], device: torch.device) -> l
         lengths = _index([len(w) - 1 for _, w in words], device)
         last = Entries.of([(i, [w[-1]]) for i, w in words], device)
         edits.append(MaskAfterPrefix(last, torch.from_numpy(prefixes).to(device), lengths))
-    if until := [(i, sorted({*s.masked_ids, *s.stop_ids}), s.min_tokens) for i, s in every if s.min_tokens]:
+    if until := [(i, sorted(s.stop_ids), s.min_tokens) for i, s in every if s.min_tokens]:
         entries = Entries.of([(i, ids) for i, ids, _ in until], device)
         edits.append(MaskUntil(entries, _index([least for _, ids, least in until for _ in ids], device)))
     return edits

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.workers.plan import Int32, SchedulerOutput, StepOutput, TokenLogprobs
+from shoal.workers.plan import Int32, SchedulerOutput, StepOutput, TokenLogprobs, concat_logprobs
 
 if TYPE_CHECKING:
     from shoal.workers.logprobs import LogprobsTensors
@@ -70,14 +70,3 @@ def to_device(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def concat_logprobs(parts: list[TokenLogprobs]) -> TokenLogprobs:
-    """Entries of consecutive tokens as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return TokenLogprobs(
-        np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.logprobs for p in parts]),
-        np.concatenate([p.ranks for p in parts]),
-    )

@@ -33,7 +33,6 @@ class RowSampling:
     presence_penalty: float = 0.0
     stream: int = 0  # unsigned 64-bit key of the row's random stream
     min_tokens: int = 0  # stop_ids are masked until this many tokens are generated
-    masked_ids: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()  # EOS (unless ignored) and stop_token_ids: the row ends on any of these
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()  # empty means all
@@ -112,6 +111,17 @@ class TokenLogprobs:
     ranks: Int32  # [T] rank of the token itself, 1 = most likely
 
 
+def concat_logprobs(parts: list[TokenLogprobs]) -> TokenLogprobs:
+    """Entries of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return TokenLogprobs(
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.logprobs for p in parts]),
+        np.concatenate([p.ranks for p in parts]),
+    )
+
+
 @dataclass(slots=True)
 class StepOutput:
     """What a step produced, in the order of the plan's sampling rows (those with samples == 1)."""
@@ -179,7 +189,7 @@ def _sampling_to_json(sampling: RowSampling) -> dict[str, Any]:
 
 
 def _sampling_from_json(fields: dict[str, Any]) -> RowSampling:
-    for name in ("stop_ids", "masked_ids", "allowed_token_ids"):
+    for name in ("stop_ids", "allowed_token_ids"):
         if name in fields:
             fields[name] = tuple(fields[name])
     for name in ("logit_bias", "bad_words"):

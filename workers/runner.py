@@ -15,8 +15,8 @@ from shoal.workers.config import WorkerConfig
 from shoal.workers.loading import load_weights
 from shoal.workers.models.registry import load_model_class
 from shoal.workers.parallel import TensorParallel
-from shoal.workers.pending import PendingOutput, concat_logprobs, to_device
-from shoal.workers.plan import Int32, SchedulerOutput
+from shoal.workers.pending import PendingOutput, to_device
+from shoal.workers.plan import Int32, SchedulerOutput, concat_logprobs
 from shoal.workers.sampler import Sampler, SamplingState
 from shoal.workers.state import BatchState
 

@@ -136,13 +136,12 @@ class SamplingState:
             self.penalties.observe(self._device_ints[rows, 3], token_ids)
 
     def _within_vocabulary(self, sampling: RowSampling) -> RowSampling:
-        """Without stop ids and masked ids that no token can have: tokenizers know more ids than some models do."""
+        """Without stop ids that no token can have: tokenizers know more ids than some models do."""
         stop_ids = tuple(i for i in sampling.stop_ids if 0 <= i < self.vocab_size)
-        masked_ids = tuple(i for i in sampling.masked_ids if 0 <= i < self.vocab_size)
         bias_ids = [token_id for token_id, _ in sampling.logit_bias]
         bad_ids = [token_id for word in sampling.bad_words for token_id in word]
         assert all(0 <= i < self.vocab_size for i in (*sampling.allowed_token_ids, *bias_ids, *bad_ids))
-        return replace(sampling, stop_ids=stop_ids, masked_ids=masked_ids)
+        return replace(sampling, stop_ids=stop_ids)
 
     @staticmethod
     def _mode(sampling: RowSampling, top_k: int) -> Mode:

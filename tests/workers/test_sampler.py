@@ -108,8 +108,8 @@ class TestEachParameter:
     def test_bad_word_of_several_tokens(self, prompt, output, expected):
         assert one(ranked(7, 8), prompt, output, bad_words=((5, 6, 7), (30, 7), (31, 32, 33, 7))) == expected
 
-    def test_min_tokens_masks_stop_ids_and_masked_ids(self):
-        parameters = {"min_tokens": 2, "stop_ids": (7,), "masked_ids": (8, 7)}
+    def test_min_tokens_masks_stop_ids(self):
+        parameters = {"min_tokens": 2, "stop_ids": (8, 7)}
         assert one(ranked(7, 8, 9), **parameters) == 9
         assert one(ranked(7, 8, 9), output=(3,), **parameters) == 9
         assert one(ranked(7, 8, 9), output=(3, 3), **parameters) == 7
