@@ -121,7 +121,7 @@ class EngineConfig(BaseModel):
     num_gpu_blocks_override: int | None = Field(default=None, ge=1)
     """KV blocks, whatever memory there is (tests of preemption)."""
     enforce_eager: bool = False
-    """Never record device graphs. (No graph is recorded by this version.)"""
+    """Launch decode steps kernel by kernel on a GPU, in place of recorded CUDA graphs."""
     enable_sleep_mode: bool = False
     """Allow sleep() and wake_up()."""
 
