@@ -15,10 +15,11 @@ torch.set_num_threads(1)
 kept = keep_freed_memory() if sys.argv[1] == "keep" else True
 
 def churn():
-    for _ in range(5):
+    for _ in range(12):  # what a step allocates: activations and logits, more than one arena's heap together
         x = torch.empty(2048, 3072).fill_(1.0)
         y = x * 2
-        del x, y
+        logits = torch.ones(256, 49152)
+        del x, y, logits
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,4 +46,4 @@ def test_freed_memory_is_reused_without_page_faults() -> None:
         kept, count = done.stdout.split()
         assert kept == "True"
         counts[mode] = int(count)
-    assert counts["keep"] < 1000 < counts["default"]
+    assert counts["keep"] * 5 < counts["default"]  # the first of them may still be new memory
