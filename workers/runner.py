@@ -59,7 +59,7 @@ class ModelRunner:
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                self.model = load_model_class(self.spec.architecture)(self.spec, self.tp)
+                self.model = load_model_class(self.spec.model_class)(self.spec, self.tp)
             load_weights(self.model, self.config.load)
         finally:
             torch.set_default_dtype(previous)
