@@ -9,9 +9,11 @@ from shoal.kernels.op import Op
 
 OPS = {
     "activation": "shoal.kernels.ops.activation:activation",
+    "activation_and_mul": "shoal.kernels.ops.activation_and_mul:activation_and_mul",
     "append_decode": "shoal.kernels.ops.decode_step:append_decode",
     "greedy": "shoal.kernels.ops.sampling:greedy",
     "layer_norm": "shoal.kernels.ops.layer_norm:layer_norm",
+    "logprobs_of": "shoal.kernels.ops.logprobs_of:logprobs_of",
     "paged_attention": "shoal.kernels.ops.paged_attention:paged_attention",
     "prepare_decode": "shoal.kernels.ops.decode_step:prepare_decode",
     "qk_norm_rope_store": "shoal.kernels.ops.qk_norm_rope_store:qk_norm_rope_store",

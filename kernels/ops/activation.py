@@ -39,4 +39,4 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield torch.randn(3, 17, generator=generator).to(device) * 4, name
 
 
-activation = Op(_activation, cases=_cases)
+activation = Op(_activation, cases=_cases, implementations={"triton": "shoal.kernels.triton.activation:activation"})

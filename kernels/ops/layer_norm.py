@@ -23,4 +23,4 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         yield x, weight if affine else None, bias if affine else None, 1e-5
 
 
-layer_norm = Op(_layer_norm, cases=_cases)
+layer_norm = Op(_layer_norm, cases=_cases, implementations={"triton": "shoal.kernels.triton.layer_norm:layer_norm"})

@@ -188,6 +188,6 @@ def _filtered_cases(device: str) -> Iterator[tuple[Any, ...]]:
             yield logits, temperature, log_min_p, top_k, top_p, streams, positions, limit
 
 
-greedy = Op(_greedy, cases=_cases)
-sample = Op(_sample, cases=_random_cases)
+greedy = Op(_greedy, cases=_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:greedy"})
+sample = Op(_sample, cases=_random_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:sample"})
 sample_filtered = Op(_sample_filtered, cases=_filtered_cases)

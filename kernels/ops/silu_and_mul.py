@@ -23,5 +23,5 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 silu_and_mul = Op(
-    _silu_and_mul, cases=_cases, implementations={"triton": "shoal.kernels.triton.silu_and_mul:silu_and_mul"}
+    _silu_and_mul, cases=_cases, implementations={"triton": "shoal.kernels.triton.activation:silu_and_mul"}
 )

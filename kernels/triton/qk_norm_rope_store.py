@@ -1,4 +1,4 @@
-"""qk_norm_rope_store in Triton: one program a token."""
+"""qk_norm_rope_store in Triton: a token's queries are one program, its keys and values another."""
 
 from __future__ import annotations
 
@@ -43,28 +43,29 @@ def qk_norm_rope_store_kernel(
     cos = tl.load(cos_sin_ptr + position * HEAD + dims, mask=half_mask, other=0.0)[None, :]
     sin = tl.load(cos_sin_ptr + position * HEAD + HEAD // 2 + dims, mask=half_mask, other=0.0)[None, :]
     row = qkv_ptr + token * qkv_stride
-    heads = tl.arange(0, HEADS_PAD)
-    mask = (heads < HEADS)[:, None] & half_mask[None, :]
-    first, second = _norm_rope(row, heads, mask, dims, half_mask, query_weight_ptr, cos, sin, eps, HEAD, NORM)
-    at = token * HEADS * HEAD + heads[:, None] * HEAD + dims[None, :]
+    keys = row + HEADS * HEAD
     dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + at, first.to(dtype), mask=mask)
-    tl.store(out_ptr + at + HEAD // 2, second.to(dtype), mask=mask)
-    slot = tl.load(slots_ptr + token)
-    if slot >= 0:
-        # Names of their own: Triton lets no name change its shape inside a branch.
+    if tl.program_id(1) == 0:
+        heads = tl.arange(0, HEADS_PAD)
+        mask = (heads < HEADS)[:, None] & half_mask[None, :]
+        low, high = _norm_rope(row, heads, mask, dims, half_mask, query_weight_ptr, cos, sin, eps, HEAD, NORM)
+        out = out_ptr + token * HEADS * HEAD + heads[:, None] * HEAD + dims[None, :]
+        tl.store(out, low.to(dtype), mask=mask)
+        tl.store(out + HEAD // 2, high.to(dtype), mask=mask)
+    else:
+        slot = tl.load(slots_ptr + token)
         kv_heads = tl.arange(0, KV_PAD)
-        kv_mask = (kv_heads < KV_HEADS)[:, None] & half_mask[None, :]
-        keys = row + HEADS * HEAD
-        low, high = _norm_rope(keys, kv_heads, kv_mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
-        place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
-        key_at = place + kv_heads[:, None] * head_stride + dims[None, :]
-        tl.store(key_ptr + key_at, low.to(dtype), mask=kv_mask)
-        tl.store(key_ptr + key_at + HEAD // 2, high.to(dtype), mask=kv_mask)
         whole = tl.arange(0, HEAD_PAD)
-        value_mask = (kv_heads < KV_HEADS)[:, None] & (whole < HEAD)[None, :]
+        place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
+        place += kv_heads[:, None].to(tl.int64) * head_stride
+        stored = (kv_heads < KV_HEADS)[:, None] & (slot >= 0)
+        value_mask = stored & (whole < HEAD)[None, :]
         values = tl.load(keys + KV_HEADS * HEAD + kv_heads[:, None] * HEAD + whole[None, :], mask=value_mask)
-        tl.store(value_ptr + place + kv_heads[:, None] * head_stride + whole[None, :], values, mask=value_mask)
+        key_mask = stored & half_mask[None, :]
+        first, second = _norm_rope(keys, kv_heads, key_mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
+        tl.store(key_ptr + place + dims[None, :], first.to(dtype), mask=key_mask)
+        tl.store(key_ptr + place + HEAD // 2 + dims[None, :], second.to(dtype), mask=key_mask)
+        tl.store(value_ptr + place + whole[None, :], values, mask=value_mask)
 
 
 def qk_norm_rope_store(
@@ -84,7 +85,7 @@ def qk_norm_rope_store(
     num_tokens = qkv.shape[0]
     query = torch.empty((num_tokens, num_heads, size), dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
-        qk_norm_rope_store_kernel[(num_tokens,)](
+        qk_norm_rope_store_kernel[(num_tokens, 2)](
             qkv,
             query_weight,
             key_weight,

@@ -1,4 +1,11 @@
-"""sample_rows in Triton: one pass over the logits in chunks, then the best of each row's chunks."""
+"""sample_rows, sample and greedy in Triton: one pass over the logits in chunks, then the best of each row's chunks.
+
+Noise for every id would be bound by arithmetic: Philox once for four ids, but a division and two logarithms for each.
+So a program keeps the best score it has seen and asks of each id, by one exp2, whether its noise could lift it above
+that; scores are computed for the few ids that pass. With u the uniform variate of philox.py, the noise is -log(E) with
+E >= u, so an id can only win where u <= exp(logit / temperature - best). The test errs on the side of passing, and what
+it passes is judged by its score alone: chunks and tiles decide how long a choice takes, never what it is.
+"""
 
 from __future__ import annotations
 
@@ -6,98 +13,188 @@ import torch
 import triton
 import triton.language as tl
 
-_QUADS = 1024  # vocabulary ids a program looks at, in fours: one random block serves four ids
+_TILE = 256  # ids of one warp's step: 16 bytes of bfloat16 a thread
+_START = tl.constexpr(32)  # ids scored at first, so that there is something to beat
+_LOG2E = tl.constexpr(1.4426950408889634)
+_NO_ID = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _philox(quads, stream, position):
+    """The four words of counter (quads, position, 0, 0)."""
+    zero = (quads * 0).to(tl.uint32)
+    return tl.philox(stream, quads.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
+
+
+@triton.jit
+def _scores(base, ids, mask, stream, position, temperature, floor):
+    """logits / temperature + noise at these ids, as exact as the reference; -inf below the floor."""
+    logits = tl.load(base + ids, mask=mask, other=float("-inf")).to(tl.float32)
+    w0, w1, w2, w3 = _philox(ids >> 2, stream, position)
+    word = tl.where((ids & 2) != 0, tl.where((ids & 1) != 0, w3, w2), tl.where((ids & 1) != 0, w1, w0))
+    u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    y = 1.0 - u
+    # -log1p(-u), also where 1 - u rounds to 1
+    exponential = tl.where(y == 1.0, u, tl.log(y) * (u / tl.where(y == 1.0, 1.0, y - 1.0)))
+    scaled = tl.div_rn(logits, temperature)
+    return tl.where(scaled >= floor, scaled - tl.log(exponential), float("-inf"))
+
+
+@triton.jit
+def _margin(logits, low, factor, best):
+    """Below 0 where 1 + u, of which `low` is a lower bound, exceeds 1 + exp(logit / temperature - best)."""
+    slack = 0.001 + tl.abs(best) * 2e-6  # exp2's error and what scaling large logits rounds away
+    return tl.exp2(logits * factor - (best * _LOG2E - slack)) + 1.0000003 - low
+
+
+@triton.jit
+def _best_random(
+    base, first, end, vocab, temperature, floor, stream, position, FLOOR: tl.constexpr, TILE: tl.constexpr
+):
+    """(score, id) of the best id in [first, end)."""
+    some = first + tl.arange(0, _START)
+    scores = _scores(base, some, some < vocab, stream, position, temperature, floor)
+    best = tl.max(scores, 0)
+    index = tl.min(tl.where(scores == best, some, _NO_ID), 0)
+    factor = _LOG2E / temperature
+    for start in range(first, end, TILE):
+        ids = start + tl.arange(0, TILE)
+        logits = tl.load(base + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        if FLOOR:
+            low_floor = floor * temperature - tl.abs(floor * temperature) * 1e-6
+            logits = tl.where(logits >= low_floor, logits, float("-inf"))
+        w0, w1, w2, w3 = _philox(start // 4 + tl.arange(0, TILE // 4), stream, position)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILE])
+        low = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + u, cut to 23 bits
+        margin = _margin(logits, low, factor, best)
+        # Of integers the warp finds the largest in one instruction, and the sign bit says all.
+        if tl.max(margin.to(tl.int32, bitcast=True), 0) >= 0:
+            hits = margin >= 0
+            while tl.max(hits.to(tl.int32), 0) != 0:
+                top = tl.max(tl.where(hits, logits, float("-inf")), 0)
+                chosen = tl.min(tl.where(hits & (logits == top), ids, _NO_ID), 0)
+                score = _scores(base, chosen, chosen < vocab, stream, position, temperature, floor)
+                if (score > best) | ((score == best) & (chosen < index)):
+                    best = score
+                    index = chosen
+                hits = hits & (ids != chosen) & (_margin(logits, low, factor, best) >= 0)
+    return best, index
+
+
+@triton.jit
+def _best_greedy(base, first, end, vocab, TILE: tl.constexpr):
+    """(logit, id) of the best id in [first, end)."""
+    best = float("-inf")
+    index = first
+    for start in range(first, end, TILE):
+        ids = start + tl.arange(0, TILE)
+        logits = tl.load(base + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        top = tl.max(logits, 0)
+        if top > best:
+            best = top
+            index = tl.min(tl.where(logits == top, ids, _NO_ID), 0)
+    return best, index
 
 
 @triton.jit
 def best_of_chunk_kernel(
-    logits_ptr, temperature_ptr, streams_ptr, positions_ptr, value_ptr, index_ptr,
-    vocab, logits_stride, num_chunks, QUADS: tl.constexpr,
+    logits_ptr, temperature_ptr, floor_ptr, streams_ptr, positions_ptr, value_ptr, index_ptr,
+    vocab, logits_stride, chunk_size, num_chunks, TILE: tl.constexpr,
 ):  # fmt: skip
+    """logits [n, vocab] -> the best score and its id of each chunk, [n, num_chunks]; no temperatures: all greedy."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    quads = chunk * QUADS + tl.arange(0, QUADS)
-    temperature = tl.load(temperature_ptr + row)
-    best = tl.full([QUADS], float("-inf"), tl.float32)
-    index = tl.full([QUADS], 2147483647, tl.int32)
     base = logits_ptr + row * logits_stride
-    if temperature > 0:
-        stream = tl.load(streams_ptr + row).to(tl.uint64, bitcast=True)
-        position = tl.load(positions_ptr + row).to(tl.uint32)
-        zero = quads * 0
-        c0 = quads.to(tl.uint32)
-        c1 = zero.to(tl.uint32) + position
-        w0, w1, w2, w3 = tl.philox(stream, c0, c1, zero.to(tl.uint32), zero.to(tl.uint32))
-        for lane in tl.static_range(4):
-            ids = quads * 4 + lane
-            mask = ids < vocab
-            logits = tl.load(base + ids, mask=mask, other=float("-inf")).to(tl.float32)
-            if lane == 0:
-                word = w0
-            elif lane == 1:
-                word = w1
-            elif lane == 2:
-                word = w2
-            else:
-                word = w3
-            u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
-            y = 1.0 - u
-            # -log1p(-u), also where 1 - u rounds to 1
-            whole = tl.where(y == 1.0, 1.0, y - 1.0)
-            exponential = tl.where(y == 1.0, u, tl.log(y) * (u / whole))
-            score = logits / temperature - tl.log(exponential)
-            score = tl.where(mask, score, float("-inf"))
-            better = (score > best) | ((score == best) & (ids < index))
-            best = tl.where(better, score, best)
-            index = tl.where(better, ids, index)
+    first = chunk * chunk_size
+    end = tl.minimum(first + chunk_size, vocab)
+    if temperature_ptr is None:
+        best, index = _best_greedy(base, first, end, vocab, TILE)
     else:
-        for lane in tl.static_range(4):
-            ids = quads * 4 + lane
-            mask = ids < vocab
-            score = tl.load(base + ids, mask=mask, other=float("-inf")).to(tl.float32)
-            better = mask & ((score > best) | ((score == best) & (ids < index)))
-            best = tl.where(better, score, best)
-            index = tl.where(better, ids, index)
-    top = tl.max(best, 0)
-    tl.store(value_ptr + row * num_chunks + chunk, top)
-    tl.store(index_ptr + row * num_chunks + chunk, tl.min(tl.where(best == top, index, 2147483647), 0))
+        temperature = tl.load(temperature_ptr + row).to(tl.float32)
+        if temperature > 0:
+            floor = float("-inf")
+            if floor_ptr is not None:
+                floor = tl.load(floor_ptr + row)
+            stream = tl.load(streams_ptr + row).to(tl.uint64, bitcast=True)
+            position = tl.load(positions_ptr + row)
+            FLOOR: tl.constexpr = floor_ptr is not None
+            best, index = _best_random(base, first, end, vocab, temperature, floor, stream, position, FLOOR, TILE)
+        else:
+            best, index = _best_greedy(base, first, end, vocab, TILE)
+    tl.store(value_ptr + row * num_chunks + chunk, best)
+    tl.store(index_ptr + row * num_chunks + chunk, index)
 
 
 @triton.jit
-def best_chunk_kernel(value_ptr, index_ptr, out_ptr, vocab, num_chunks, CHUNKS: tl.constexpr):
+def best_chunk_kernel(value_ptr, index_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
+    """[n, num_chunks] -> the id of each row's best score, the lowest among equals."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, CHUNKS)
     mask = offs < num_chunks
     values = tl.load(value_ptr + row * num_chunks + offs, mask=mask, other=float("-inf"))
-    index = tl.load(index_ptr + row * num_chunks + offs, mask=mask, other=2147483647)
-    best = tl.min(tl.where(values == tl.max(values, 0), index, 2147483647), 0)
-    tl.store(out_ptr + row, tl.minimum(best, vocab - 1).to(tl.int64))
+    index = tl.load(index_ptr + row * num_chunks + offs, mask=mask, other=_NO_ID)
+    best = tl.min(tl.where(values == tl.max(values, 0), index, _NO_ID), 0)
+    tl.store(out_ptr + row, best.to(tl.int64))
+
+
+def _choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None,
+    floor: torch.Tensor | None,
+    streams: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> torch.Tensor:
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if not rows:
+        return out
+    # Long chunks, whose best score rules out more, where rows alone fill the device.
+    tiles = 32 if rows > 128 else 16 if rows > 64 else 8 if rows > 16 else 2
+    chunk_size = _TILE * tiles
+    chunks = triton.cdiv(vocab, chunk_size)
+    values = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    index = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
+    best_of_chunk_kernel[(rows, chunks)](
+        logits,
+        temperature,
+        floor,
+        streams,
+        positions,
+        values,
+        index,
+        vocab,
+        logits.stride(0),
+        chunk_size,
+        chunks,
+        TILE=_TILE,
+        num_warps=1,  # a vote of one warp needs no barrier
+    )
+    best_chunk_kernel[(rows,)](values, index, out, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1)
+    return out
 
 
 def sample_rows(
     logits: torch.Tensor, temperature: torch.Tensor, streams: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """See kernels/ops/sample_rows.py."""
-    rows, vocab = logits.shape
-    chunks = triton.cdiv(vocab, 4 * _QUADS)
-    values = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
-    index = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        best_of_chunk_kernel[(rows, chunks)](
-            logits,
-            temperature,
-            streams,
-            positions,
-            values,
-            index,
-            vocab,
-            logits.stride(0),
-            chunks,
-            QUADS=_QUADS,
-            num_warps=4,
-        )
-        best_chunk_kernel[(rows,)](
-            values, index, out, vocab, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1
-        )
-    return out
+    return _choose(logits, temperature, None, streams, positions)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """See kernels/ops/sampling.py."""
+    return _choose(logits, None, None, None, None)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    log_min_p: torch.Tensor | None,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """See kernels/ops/sampling.py."""
+    floor = None
+    if log_min_p is not None:
+        floor = logits.amax(dim=-1).float() / temperature + log_min_p
+    return _choose(logits, temperature, floor, streams, positions)
