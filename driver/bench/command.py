@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.driver.bench.models import CONFIGS, model_folder
+from shoal.driver.bench.profile import profile_decode
 from shoal.driver.bench.report import collect_versions, print_table
 from shoal.driver.bench.throughput import add_ceilings, floor_of, run_workload
 from shoal.driver.bench.workloads import WORKLOADS, BenchRequest, Workload, get_workload
@@ -20,6 +21,7 @@ from shoal.workers import measure
 
 _ROUND = 1024  # max_model_len is made a multiple of it
 _LEAST_LEN = 4096
+_MOST_PROFILE_S = 60  # a trace of minutes takes gigabytes
 _SIZES = ("num_requests", "input_len", "output_len", "output_mu", "output_sigma", "num_prefixes", "prefix_len",
           "temperature", "workload_seed")  # fmt: skip
 
@@ -35,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help=f"{', '.join(CONFIGS)}, a folder or a hub id (default: the workload's own)"
     )
     throughput.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures there")
+    throughput.add_argument(
+        "--profile-seconds",
+        type=float,
+        default=5.0,
+        metavar="X",
+        help="length of the profile of full-batch decoding, a third run; 0: none (default: 5)",
+    )
     throughput.add_argument("--quiet", action="store_true", help="no progress bars")
     sizes = throughput.add_argument_group("sizes of the workload", "what is not given is as the workload has it")
     sizes.add_argument("--num-requests", type=int, metavar="N", default=argparse.SUPPRESS)
@@ -60,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
     work = get_workload(args.workload, **{name: getattr(args, name) for name in _SIZES if hasattr(args, name)})
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}")
+    if not 0 <= args.profile_seconds <= _MOST_PROFILE_S:
+        raise ValueError(f"--profile-seconds must be in [0, {_MOST_PROFILE_S}], got {args.profile_seconds}")
     requests = work.draw(work)
     with model_folder(args.model or work.model) as folder:
         arguments = _defaults(requests) | engine_arguments(args)
-        result = _measure(folder, arguments, work, requests, show_bar=not args.quiet)
+        if arguments.get("disable_log_stats"):
+            raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics")
+        result = _measure(folder, arguments, work, requests, args.profile_seconds, show_bar=not args.quiet)
     result = {"workload": _describe(args.workload, work, requests), "model": args.model or work.model} | result
     print_table(result)
     if args.output is not None:
@@ -73,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    folder: str, arguments: dict[str, Any], work: Workload, requests: list[BenchRequest], show_bar: bool
+    folder: str,
+    arguments: dict[str, Any],
+    work: Workload,
+    requests: list[BenchRequest],
+    profile_s: float,
+    show_bar: bool,
 ) -> dict[str, Any]:
     started_at = time.time()
     start = time.perf_counter()
@@ -97,6 +115,7 @@ def _measure(
             | {"seconds": floor.seconds, "output_tokens_per_s": num_output / floor.seconds},
             "runs": [dataclasses.asdict(one) | {"share_of_floor": floor.seconds / one.seconds} for one in runs],
             "run1_over_run2": runs[0].seconds / runs[1].seconds,
+            "profile": profile_decode(llm, requests, work.temperature, profile_s) if profile_s else None,
         }
 
 

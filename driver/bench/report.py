@@ -10,6 +10,7 @@ from typing import Any
 
 import shoal
 
+_MOST_KERNELS = 20  # printed; the JSON has them all
 _PACKAGES = ("ray", "transformers", "numpy")
 
 
@@ -59,6 +60,8 @@ def print_table(result: dict[str, Any]) -> None:
         f"{rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, product {rates['matmul_flops_per_s'] / 1e12:,.2f} TFLOP/s"
     )
     print(f"start-up {result['startup_s']:.1f} s; run 1 / run 2: {result['run1_over_run2']:.2f}")
+    if result["profile"] is not None:
+        _print_profile(result["profile"], on_gpu=engine["device"] == "cuda")
 
 
 def _print_runs(result: dict[str, Any]) -> None:
@@ -77,6 +80,19 @@ def _print_runs(result: dict[str, Any]) -> None:
     print(line("", (name for name, _ in columns)))
     for label, key, form in rows:
         print(line(label, (form.format(one[key]) if key in one else "-" for _, one in columns)))
+
+
+def _print_profile(profile: dict[str, Any], on_gpu: bool) -> None:
+    what, idle = ("kernel", "GPU idle") if on_gpu else ("operation", "outside operations")
+    print(
+        f"\n{profile['num_rows']} rows decoding for {profile['seconds']:.2f} s under the profiler: "
+        f"{profile['step_ms']:.2f} ms a step, {idle} {profile['idle_share']:.1%}; without it the host took "
+        f"{profile['host_ms_per_step']:.3f} ms a step to enqueue ({profile['num_host_steps']} steps)\n"
+    )
+    print(f"{what:<72}{'calls':>9}{'total ms':>11}{'share':>8}")
+    for kernel in profile["kernels"][:_MOST_KERNELS]:
+        name = kernel["name"] if len(kernel["name"]) <= 70 else kernel["name"][:67] + "..."
+        print(f"{name:<72}{kernel['calls']:>9,}{kernel['total_ms']:>11.2f}{kernel['share']:>8.1%}")
 
 
 def line(label: str, cells: Iterable[str]) -> str:
