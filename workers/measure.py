@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,10 +29,8 @@ def describe_rank(worker: Worker) -> dict[str, Any]:
     device: torch.device = worker.runner.device
     about: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
-        import triton
-
         properties = torch.cuda.get_device_properties(device)
-        about |= {"triton": triton.__version__, "cuda": torch.version.cuda, "device": properties.name}
+        about |= {"triton": version("triton"), "cuda": torch.version.cuda, "device": properties.name}
         about |= {"memory_bytes": properties.total_memory, "num_sms": properties.multi_processor_count}
     else:
         about |= {"device": _cpu_name(), "num_threads": torch.get_num_threads()}

@@ -60,7 +60,10 @@ def print_table(result: dict[str, Any]) -> None:
         f"{rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, product {rates['matmul_flops_per_s'] / 1e12:,.2f} TFLOP/s"
     )
     print(f"start-up {result['startup_s']:.1f} s; run 1 / run 2: {result['run1_over_run2']:.2f}")
-    if result["profile"] is not None:
+    if "peer" in result:
+        peer = result["peer"]
+        print(f"{peer['name']} {peer['version']}: start-up {peer['startup_s']:.1f} s")
+    if "profile" in result:
         _print_profile(result["profile"], on_gpu=engine["device"] == "cuda")
 
 
@@ -77,6 +80,9 @@ def _print_runs(result: dict[str, Any]) -> None:
         ("KV read, GB/s", "kv_read_gb_per_s", "{:,.1f}"),
     )
     columns = [(f"run {i}", one) for i, one in enumerate(result["runs"], 1)]
+    if "peer" in result:
+        peer = result["peer"]
+        columns += [(f"{peer['name']} {i}", one) for i, one in enumerate(peer["runs"], 1)]
     print(line("", (name for name, _ in columns)))
     for label, key, form in rows:
         print(line(label, (form.format(one[key]) if key in one else "-" for _, one in columns)))
