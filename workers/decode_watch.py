@@ -50,6 +50,7 @@ class DecodeWatch:
         self._phase = "waiting"  # then "host", "profile", "done"
         self._host_seconds = 0.0
         self._steps = {"host": 0, "profile": 0}
+        self._warm_up_profiler()
         runner.execute = self.execute
 
     def execute(self, plan: SchedulerOutput) -> PendingOutput:
@@ -78,11 +79,22 @@ class DecodeWatch:
             self._stop_profiler()
             self._phase = "done"
 
-    def _start_profiler(self) -> None:
+    def _make_profiler(self) -> Any:
         from torch.profiler import ProfilerActivity, profile
 
+        return profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU])
+
+    def _warm_up_profiler(self) -> None:
+        """The first one of a process starts slowly, and holds up what it should watch."""
+        import torch
+
+        with self._make_profiler():
+            torch.ones(1, device=self._runner.device)
+            self._synchronize()
+
+    def _start_profiler(self) -> None:
         self._synchronize()  # no kernel from before is seen in part
-        self._profiler = profile(activities=[ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU])
+        self._profiler = self._make_profiler()
         self._profiler.start()
         self._since = time.perf_counter()
 

@@ -129,8 +129,11 @@ def _measure(
         result["rates"] = llm.collective_rpc(measure.measure_rates)
         floor = floor_of(llm, requests, add_ceilings(result["rates"]))
         num_output = sum(request.num_output for request in requests)
-        rate = {"seconds": floor.seconds, "output_tokens_per_s": num_output / floor.seconds}
-        result["floor"] = dataclasses.asdict(floor) | rate
+        result["floor"] = dataclasses.asdict(floor) | {
+            "seconds": floor.seconds,
+            "overlapped_seconds": floor.overlapped_seconds,
+            "output_tokens_per_s": num_output / floor.seconds,
+        }
         result["runs"] = [dataclasses.asdict(one) | {"share_of_floor": floor.seconds / one.seconds} for one in runs]
         result["run1_over_run2"] = runs[0].seconds / runs[1].seconds
         if profile_s:

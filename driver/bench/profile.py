@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from shoal.driver.bench.throughput import sampling
@@ -18,32 +19,33 @@ from shoal.workers.decode_watch import end_watch, start_watch
 _TRIAL_TOKENS = 33  # how long rows decode to find out how long a step takes
 _HOST_SHARE = 0.2  # of the window: how long the host is timed before it
 _SLACK = 1.25
+_PROMPT_SHARE = 0.75  # of max_model_len that a prompt may take: what is longer is cut, to leave room for outputs
 _KV_SHARE = 0.95  # of the cache that rows may fill: the last block of each is partly empty
 
 
 def profile_decode(llm: LLM, requests: Sequence[BenchRequest], temperature: float, seconds: float) -> dict[str, Any]:
     """What rank 0 saw in `seconds` of decoding a full batch, or as long as the rows may become."""
-    longest = llm.resolved.max_model_len // 2
-    prompts = [request.prompt[:longest] for request in requests[: llm.resolved.max_num_seqs]]
-    room = llm.resolved.max_model_len - max(map(len, prompts))
-    trial = _generate(llm, prompts, min(room, _TRIAL_TOKENS), temperature)
+    longest = math.floor(_PROMPT_SHARE * llm.resolved.max_model_len)
+    rows = [replace(r, prompt=r.prompt[:longest]) for r in requests[: llm.resolved.max_num_seqs]]
+    room = llm.resolved.max_model_len - max(len(row.prompt) for row in rows)
+    trial = _generate(llm, rows, min(room, _TRIAL_TOKENS), temperature)
     length = math.ceil(_SLACK * (1 + _HOST_SHARE) * seconds / _step_seconds(trial)) + _TRIAL_TOKENS
     length = min(room, length)
-    prompts = _fitting(prompts, length, math.floor(_KV_SHARE * llm.resolved.kv_cache_tokens))
-    llm.collective_rpc(start_watch, args=(len(prompts), _HOST_SHARE * seconds, seconds))
-    _generate(llm, prompts, length, temperature)
+    rows = _fitting(rows, length, math.floor(_KV_SHARE * llm.resolved.kv_cache_tokens))
+    llm.collective_rpc(start_watch, args=(len(rows), _HOST_SHARE * seconds, seconds))
+    _generate(llm, rows, length, temperature)
     seen: dict[str, Any] | None = llm.collective_rpc(end_watch)[0]
     if seen is None:
         raise RuntimeError(
-            f"{len(prompts)} rows never decoded together for {_HOST_SHARE * seconds:g} s and more: a profile needs a "
+            f"{len(rows)} rows never decoded together for {_HOST_SHARE * seconds:g} s and more: a profile needs a "
             f"larger max_model_len ({llm.resolved.max_model_len}) or fewer --profile-seconds ({seconds:g})"
         )
     return seen
 
 
-def _generate(llm: LLM, prompts: Sequence[list[int]], length: int, temperature: float) -> list[RequestOutput]:
-    rows = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(rows, sampling(length, temperature), use_tqdm=False)
+def _generate(llm: LLM, rows: Sequence[BenchRequest], length: int, temperature: float) -> list[RequestOutput]:
+    prompts = [{"prompt_token_ids": row.prompt} for row in rows]
+    return llm.generate(prompts, sampling(length, temperature), use_tqdm=False)
 
 
 def _step_seconds(outputs: Sequence[RequestOutput]) -> float:
@@ -56,13 +58,17 @@ def _step_seconds(outputs: Sequence[RequestOutput]) -> float:
     return min(spans)
 
 
-def _fitting(prompts: Sequence[list[int]], length: int, kv_tokens: int) -> list[list[int]]:
-    """As many as the cache holds with outputs of this length; at least one."""
-    kept: list[list[int]] = []
+def _fitting(rows: Sequence[BenchRequest], length: int, kv_tokens: int) -> list[BenchRequest]:
+    """As many as the cache holds with outputs of this length, shared prefixes once; at least one."""
+    kept: list[BenchRequest] = []
+    seen = set[int]()
     used = 0
-    for prompt in prompts:
-        used += len(prompt) + length
+    for row in rows:
+        shared = min(row.prefix_len, len(row.prompt)) if row.prefix in seen else 0
+        used += len(row.prompt) + length - shared
         if used > kv_tokens and kept:
             break
-        kept.append(prompt)
+        kept.append(row)
+        if row.prefix >= 0:
+            seen.add(row.prefix)
     return kept

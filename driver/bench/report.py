@@ -52,11 +52,14 @@ def print_table(result: dict[str, Any]) -> None:
         f"{len(result['ranks'])} x {result['ranks'][0]['device']}\n"
     )
     _print_runs(result)
-    rates = result["rates"][0]
     print(
         f"\nfloor {floor['seconds']:.3f} s = {floor['output_tokens_per_s']:,.0f} output tok/s: prefill "
         f"{floor['prefill_s']:.3f}, weights {floor['weights_s']:.3f}, KV {floor['kv_s']:.3f}, logits "
-        f"{floor['logits_s']:.3f} s; measured on rank 0: read {rates['read_bytes_per_s'] / 1e9:,.0f} GB/s, copy "
+        f"{floor['logits_s']:.3f} s; {floor['overlapped_seconds']:.3f} s if reading and computing overlapped"
+    )
+    rates = result["rates"][0]
+    print(
+        f"measured on rank 0: read {rates['read_bytes_per_s'] / 1e9:,.0f} GB/s, copy "
         f"{rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, product {rates['matmul_flops_per_s'] / 1e12:,.2f} TFLOP/s"
     )
     print(f"start-up {result['startup_s']:.1f} s; run 1 / run 2: {result['run1_over_run2']:.2f}")
