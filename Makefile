@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Small enough for a CPU; on a GPU: make bench BENCH_ARGS="--workload nano"
-bench: BENCH_ARGS ?= --model tiny --num-requests 64
+bench: BENCH_ARGS ?= --model tiny --num-requests 64 --output-len 16:256
 bench: $(VENV)/.installed $(RAY_TOKEN)
 	@$(BIN)/python -m shoal bench throughput $(BENCH_ARGS)
 

@@ -18,7 +18,7 @@ from shoal.workers.decode_watch import end_watch, start_watch
 
 _TRIAL_TOKENS = 33  # how long rows decode to find out how long a step takes
 _HOST_SHARE = 0.2  # of the window: how long the host is timed before it
-_SLACK = 1.25
+_SLACK, _SPARE_TOKENS = 1.25, 128  # the trial may have met a slow moment
 _PROMPT_SHARE = 0.75  # of max_model_len that a prompt may take: what is longer is cut, to leave room for outputs
 _KV_SHARE = 0.95  # of the cache that rows may fill: the last block of each is partly empty
 
@@ -29,7 +29,7 @@ def profile_decode(llm: LLM, requests: Sequence[BenchRequest], temperature: floa
     rows = [replace(r, prompt=r.prompt[:longest]) for r in requests[: llm.resolved.max_num_seqs]]
     room = llm.resolved.max_model_len - max(len(row.prompt) for row in rows)
     trial = _generate(llm, rows, min(room, _TRIAL_TOKENS), temperature)
-    length = math.ceil(_SLACK * (1 + _HOST_SHARE) * seconds / _step_seconds(trial)) + _TRIAL_TOKENS
+    length = math.ceil(_SLACK * (1 + _HOST_SHARE) * seconds / _step_seconds(trial)) + _SPARE_TOKENS
     length = min(room, length)
     rows = _fitting(rows, length, math.floor(_KV_SHARE * llm.resolved.kv_cache_tokens))
     llm.collective_rpc(start_watch, args=(len(rows), _HOST_SHARE * seconds, seconds))

@@ -140,7 +140,7 @@ def test_command_end_to_end(tmp_path):
     assert result["rates"][0]["read_bytes_per_s"] > 1e8
     profile = result["profile"]
     assert profile["num_rows"] == 4
-    assert 0.03 < profile["seconds"] < 3
+    assert profile["seconds"] > 0.03
     assert 0 < profile["idle_share"] < 1
     assert any("linear" in kernel["name"] for kernel in profile["kernels"])
     for word in ("run 2", "transformers 2", "output tok/s", "floor", "start-up", "4 rows decoding"):
