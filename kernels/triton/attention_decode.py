@@ -154,9 +154,9 @@ def decode_kernel(
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
             else:
                 slot = (group * 2 + (row_begin >= begin).to(tl.int32)) * KV_HEADS + kv_head
-                at = slot * GROUP + heads
-                tl.store(lse_ptr + at, best + tl.log2(total), mask=heads < GROUP)
-                tl.store(partial_ptr + at[:, None] * HEAD + dims[None, :], result, mask=mask)
+                part = slot * GROUP + heads
+                tl.store(lse_ptr + part, best + tl.log2(total), mask=heads < GROUP)
+                tl.store(partial_ptr + part[:, None] * HEAD + dims[None, :], result, mask=mask)
                 tl.debug_barrier()  # every thread's part is written before the one thread counts it as arrived
                 first_group = row_begin // share
                 last_group = (row_end - 1) // share
@@ -177,7 +177,6 @@ def decode_kernel(
                 token = tl.load(starts_ptr + pad)
                 unused = unused & (tl.load(starts_ptr + pad + 1) == token + 1)
             if unused:
-                at = tl.cast(token, tl.int64) * (KV_HEADS * GROUP * HEAD)
-                at += (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
-                nothing = tl.zeros([GROUP_PAD, HEAD_PAD], out_ptr.dtype.element_ty)
-                tl.store(out_ptr + at, nothing, mask=mask)
+                pad_at = tl.cast(token, tl.int64) * (KV_HEADS * GROUP * HEAD)
+                lanes_at = (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
+                tl.store(out_ptr + pad_at + lanes_at, tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32), mask=mask)

@@ -16,7 +16,7 @@ from shoal.kernels.triton.attention_prefill import prefill_kernel
 _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
-_PART_VALUES = 8192  # of cut rows, added up at once
+_PART_VALUES = 2048  # of cut rows, added up at once
 _MOST_PROGRAMS = 32  # a multiprocessor can hold
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
 
