@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def _accumulate(
     query, acc, best, total, first, last, q_pos, table, key_ptr, value_ptr, kv_base, scale_log2,
-    block_stride, token_stride, seq_len,
+    block_stride, token_stride,
     BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def _accumulate(
         at = at[:, None] + dims[None, :]
         block = tl.load(table + (pos + TILE) // BLOCK_SIZE, mask=pos + TILE < last, other=0)
         if MASKED or HEAD != HEAD_PAD:
-            mask = (pos < seq_len)[:, None] & (dims < HEAD)[None, :]
+            mask = (pos < last)[:, None] & (dims < HEAD)[None, :]
             keys = tl.load(key_ptr + at, mask=mask, other=0.0)
             values = tl.load(value_ptr + at, mask=mask, other=0.0)
         else:
@@ -107,11 +107,11 @@ def prefill_kernel(
         last = tl.minimum(context + q_first + BLOCK_Q, seq_len)
         acc, best, total = _accumulate(
             query, acc, best, total, 0, whole, q_pos, table, key_ptr, value_ptr, kv_base, scale_log2,
-            block_stride, token_stride, seq_len, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, False, PRECISION,
+            block_stride, token_stride, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, False, PRECISION,
         )  # fmt: skip
         acc, best, total = _accumulate(
             query, acc, best, total, whole, last, q_pos, table, key_ptr, value_ptr, kv_base, scale_log2,
-            block_stride, token_stride, seq_len, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, True, PRECISION,
+            block_stride, token_stride, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, True, PRECISION,
         )  # fmt: skip
         at = ((token * (KV_HEADS * GROUP) + head) * HEAD)[:, None] + dims[None, :]
         result = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -17,7 +17,8 @@ _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
 _PART_VALUES = 2048  # of cut rows, added up at once
-_MOST_PROGRAMS = 32  # a multiprocessor can hold
+_MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
+_REGISTERS = 65536  # of a multiprocessor
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
 
 Config = TypeVar("Config")
@@ -33,6 +34,14 @@ class DecodeConfig:
     programs: int
     least: int = 256  # positions worth a program of their own
 
+    def registers(self) -> int:
+        """Of a thread, at most, for all programs to be there at once: one that comes late would double the time."""
+        return min(255, _REGISTERS // (self.programs * self.warps * 32) // 8 * 8)
+
+    def shared_bytes(self, head_pad: int, itemsize: int) -> int:
+        """Shared memory of a program, at most: keys and values of the tiles on their way, and some for reductions."""
+        return max(1, self.stages - 1) * 2 * self.tile * head_pad * itemsize + (9 << 10)
+
 
 @dataclass(frozen=True)
 class PrefillConfig:
@@ -44,10 +53,11 @@ class PrefillConfig:
     stages: int
 
 
-# (bytes of an element, largest padded head size, config); the first row that fits is used.
+# (bytes of an element, largest padded head size, config); the first row that fits is used. In decode_kernel query heads
+# beyond 16 a KV head count as a larger head.
 DECODE_RULES = (
     (2, 64, DecodeConfig(tile=64, warps=4, stages=3, programs=4)),
-    (2, 128, DecodeConfig(tile=64, warps=4, stages=3, programs=2)),
+    (2, 128, DecodeConfig(tile=64, warps=4, stages=3, programs=3)),
     (2, 256, DecodeConfig(tile=32, warps=4, stages=3, programs=2)),
     (2, 1024, DecodeConfig(tile=16, warps=4, stages=2, programs=1)),
     (4, 128, DecodeConfig(tile=32, warps=4, stages=1, programs=4)),
@@ -113,15 +123,17 @@ def decode(
     _, block_size, kv_heads, _ = key_cache.shape
     num_rows, group = seq_lens.shape[0], num_heads // kv_heads
     head_pad = max(16, triton.next_power_of_2(head_dim))
-    config = config or rule(DECODE_RULES, query.dtype, head_pad)
+    heads_pad = triton.next_power_of_2(group)
+    group_pad = max(16, heads_pad)
+    config = config or rule(DECODE_RULES, query.dtype, head_pad * group_pad // 16)
     least = max(1, config.least // config.tile)
-    groups = max(1, multiprocessors(query.device) * config.programs // kv_heads)
-    groups = min(groups, num_rows * -(-max_seq_len // (config.tile * least)))
+    shared = config.shared_bytes(head_pad, query.element_size())
+    groups = _programs(query.device, config.programs, shared) // kv_heads
+    groups = max(1, min(groups, num_rows * -(-max_seq_len // (config.tile * least))))
     arrived = _counters(query.device)
     assert groups * kv_heads <= arrived.numel()
     partial = torch.empty((groups, 2, num_heads, head_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((groups, 2, num_heads), dtype=torch.float32, device=query.device)
-    heads_pad = triton.next_power_of_2(group)
     decode_kernel[(groups * kv_heads,)](
         query,
         key_cache,
@@ -144,7 +156,7 @@ def decode(
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
         GROUP=group,
-        GROUP_PAD=max(16, heads_pad),
+        GROUP_PAD=group_pad,
         HEAD=head_dim,
         HEAD_PAD=head_pad,
         TILE=config.tile,
@@ -156,6 +168,7 @@ def decode(
         PRECISION="ieee",
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers(),
     )
 
 
@@ -222,13 +235,16 @@ def rule(rules: Sequence[tuple[int, int, Config]], dtype: torch.dtype, head_pad:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; in Triton's interpreter a few, so that rows are cut there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _programs(device: torch.device, wanted: int, shared_bytes: int) -> int:
+    """Programs that a GPU holds at once; in Triton's interpreter a few, so that rows are cut there too."""
+    if device.type != "cuda":
+        return 8 * wanted
+    card = torch.cuda.get_device_properties(device)
+    return card.multi_processor_count * max(1, min(wanted, card.shared_memory_per_multiprocessor // shared_bytes))
 
 
 @functools.cache
 def _counters(device: torch.device) -> torch.Tensor:
     """Zeros between launches. They outlive every graph that holds their address."""
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "run once before recording"
-    return torch.zeros(multiprocessors(device) * _MOST_PROGRAMS, dtype=torch.int32, device=device)
+    return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
