@@ -38,9 +38,10 @@ class DecodeConfig:
         """Of a thread, at most, for all programs to be there at once: one that comes late would double the time."""
         return min(255, _REGISTERS // (self.programs * self.warps * 32) // 8 * 8)
 
-    def shared_bytes(self, head_pad: int, itemsize: int) -> int:
-        """Shared memory of a program, at most: keys and values of the tiles on their way, and some for reductions."""
-        return max(1, self.stages - 1) * 2 * self.tile * head_pad * itemsize + (9 << 10)
+    def shared_bytes(self, queries: int, head_pad: int, itemsize: int) -> int:
+        """Shared memory of a program, at most: tiles of keys and values on their way, queries, weights, and some."""
+        values = max(1, self.stages - 1) * 2 * self.tile * head_pad + queries * (head_pad + self.tile)
+        return values * itemsize + 2048
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def decode(
     group_pad = max(16, heads_pad)
     config = config or rule(DECODE_RULES, query.dtype, head_pad * group_pad // 16)
     least = max(1, config.least // config.tile)
-    shared = config.shared_bytes(head_pad, query.element_size())
+    shared = config.shared_bytes(group_pad, head_pad, query.element_size())
     groups = _programs(query.device, config.programs, shared) // kv_heads
     groups = max(1, min(groups, num_rows * -(-max_seq_len // (config.tile * least))))
     arrived = _counters(query.device)
