@@ -42,17 +42,17 @@ DECODE = (
     *((1, 512), (1, 4096), (8, 1024), (32, 1024), (64, 4096)),
 )
 RAGGED = ((128, 1024), (128, 2048), (256, 1024), (256, 4096), (512, 2048), (128, 512))
-SWEEP_DECODE = ((128, 256), (128, 512), (256, 1024), (128, 4096), (8, 4096), (32, 4096), (64, 660))
+SWEEP_DECODE = ((128, 256), (128, 512), (256, 1024), (128, 4096), (8, 4096), (32, 4096), (64, 660), (1, 4096))
 PREFILL = ((1, 1024, 0), (1, 2048, 0), (1, 4096, 0), (1, 8192, 0), (8, 1024, 0), (4, 2048, 0), (2, 8192, 0),
            (1, 1024, 7168), (16, 256, 0))  # fmt: skip
 SWEEP_PREFILL = ((1, 1024, 0), (1, 4096, 0), (8, 1024, 0), (2, 8192, 0))
 MIXED = ((1, 2048, 64, 1024), (1, 2048, 256, 1024), (1, 512, 256, 660), (4, 500, 500, 660))
 DECODE_CONFIGS = [
-    kernels.DecodeConfig(tile, warps, stages, programs)
-    for tile, warps, stages, programs in (
-        *((32, 2, 3, 4), (32, 2, 4, 4), (32, 4, 3, 3), (32, 4, 4, 3), (32, 1, 3, 6), (32, 1, 4, 4), (16, 1, 4, 8)),
+    kernels.DecodeConfig(*each)
+    for each in (
+        *((32, 2, 3, 4), (32, 2, 4, 4), (32, 4, 3, 3), (32, 4, 4, 3), (32, 4, 4, 4), (32, 1, 3, 6), (16, 1, 4, 8)),
         *((64, 4, 2, 3), (64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 2, 3, 2), (64, 2, 3, 3), (64, 8, 3, 2)),
-        *((128, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 3, 4), (64, 4, 4, 3), (32, 4, 4, 4)),
+        *((128, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 3, 4), (64, 4, 4, 3), (64, 4, 3, 3, 64)),
     )
 ]
 PREFILL_CONFIGS = [
@@ -124,15 +124,8 @@ def check(rows: Rows, found: torch.Tensor) -> None:
     count = len(rows.seq_lens)
     for row in sorted({0, count // 3, count // 2, count - 2, count - 1} & set(range(count))):
         first, last = rows.starts[row].item(), rows.starts[row + 1].item()
-        one = Rows(
-            rows.query[first:last],
-            rows.caches,
-            rows.starts[row : row + 2] - first,
-            rows.seq_lens[row : row + 1],
-            rows.tables[row : row + 1],
-            last - first,
-            rows.longest,
-        )
+        lengths = (rows.starts[row : row + 2] - first, rows.seq_lens[row : row + 1], rows.tables[row : row + 1])
+        one = Rows(rows.query[first:last], rows.caches, *lengths, last - first, rows.longest)
         expected = load_op("paged_attention").reference(*one.arguments())
         error = (found[first:last].float() - expected.float()).abs().max().item()
         if not error <= TOLERANCE:
@@ -375,11 +368,7 @@ def time_config(sets: list[Rows], config: Any) -> float:
 
 
 SECTIONS = {
-    "decode": Bench.decode,
-    "ragged": Bench.ragged,
-    "prefill": Bench.prefill,
-    "mixed": Bench.mixed,
-    "sweep": Bench.sweep,
+    section.__name__: section for section in (Bench.decode, Bench.ragged, Bench.prefill, Bench.mixed, Bench.sweep)
 }
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
+
 
 @triton.jit
 def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, TILE: tl.constexpr, MIXED: tl.constexpr):
@@ -37,14 +39,13 @@ def _attend(
     offs = tl.arange(0, TILE)
     dims = tl.arange(0, HEAD_PAD)
     # Block ids are loaded a tile ahead: the loads of keys and values then wait for nothing.
-    block = tl.load(table + (first + offs) // BLOCK_SIZE, mask=first + offs < last, other=0)
+    block = load_blocks(table, first, last, BLOCK_SIZE, TILE)
     for tile in range(first, last, TILE):
-        pos = tile + offs
-        valid = pos < last
+        valid = offs < last - tile
         mask = valid[:, None] & (dims < HEAD)[None, :]
-        at = block.to(tl.int64) * block_stride + (pos % BLOCK_SIZE) * token_stride + kv_base
+        at = token_offsets(block, tile, block_stride, token_stride, BLOCK_SIZE, TILE) + kv_base
         at = at[:, None] + dims[None, :]
-        block = tl.load(table + (pos + TILE) // BLOCK_SIZE, mask=pos + TILE < last, other=0)
+        block = load_blocks(table, tile + TILE, last, BLOCK_SIZE, TILE)
         keys = tl.load(key_ptr + at, mask=mask, other=0.0)
         values = tl.load(value_ptr + at, mask=mask, other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)

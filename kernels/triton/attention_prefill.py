@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
+
 
 @triton.jit
 def _accumulate(
@@ -20,12 +22,12 @@ def _accumulate(
     offs = tl.arange(0, TILE)
     dims = tl.arange(0, HEAD_PAD)
     # Block ids are loaded a tile ahead: the loads of keys and values then wait for nothing.
-    block = tl.load(table + (first + offs) // BLOCK_SIZE, mask=first + offs < last, other=0)
+    block = load_blocks(table, first, last, BLOCK_SIZE, TILE)
     for start in range(first, last, TILE):
         pos = start + offs
-        at = block.to(tl.int64) * block_stride + (pos % BLOCK_SIZE) * token_stride + kv_base
+        at = token_offsets(block, start, block_stride, token_stride, BLOCK_SIZE, TILE) + kv_base
         at = at[:, None] + dims[None, :]
-        block = tl.load(table + (pos + TILE) // BLOCK_SIZE, mask=pos + TILE < last, other=0)
+        block = load_blocks(table, start + TILE, last, BLOCK_SIZE, TILE)
         if MASKED or HEAD != HEAD_PAD:
             mask = (pos < last)[:, None] & (dims < HEAD)[None, :]
             keys = tl.load(key_ptr + at, mask=mask, other=0.0)
