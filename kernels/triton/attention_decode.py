@@ -1,84 +1,183 @@
-"""Paged attention of rows with one query token each (decode)."""
+"""Paged attention of rows with one query token each (decode): one launch, equal work for every program.
+
+The contexts of all rows are cut into tiles; program group g takes tiles [g * share, (g + 1) * share) of that list, one
+program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few long
+rows is split without being told: lengths are read on the GPU only. Where a group's share begins or ends inside a row,
+the parts meet in memory, and the last program to arrive there adds them up, in the groups' order.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
+
 
 @triton.jit
-def decode_kernel(
-    query_ptr, key_ptr, value_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr,
-    scale_log2, query_stride, block_stride, token_stride, head_stride, table_stride, num_splits,
-    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, KV_HEADS: tl.constexpr, PRECISION: tl.constexpr,
+def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, TILE: tl.constexpr, MIXED: tl.constexpr):
+    """Tiles of these rows' contexts; 0 for rows that are empty or, where rows are mixed, not decoding."""
+    inside = row < num_rows
+    seq_len = tl.load(seq_lens_ptr + row, mask=inside, other=0)
+    if MIXED:
+        start = tl.load(starts_ptr + row, mask=inside, other=0)
+        stop = tl.load(starts_ptr + row + 1, mask=inside, other=0)
+        seq_len = tl.where(stop - start == 1, seq_len, 0)
+    return tl.cdiv(seq_len, TILE)
+
+
+@triton.jit
+def _attend(
+    query, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride, token_stride,
+    BLOCK_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    kv_head = pid % KV_HEADS
-    row = (pid // KV_HEADS).to(tl.int64)
-    split = tl.program_id(1)
-    seq_len = tl.load(seq_lens_ptr + row)
-    heads = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, HEAD_PAD)
-    head_mask = heads < GROUP
-    dim_mask = dims < HEAD
-    q_mask = head_mask[:, None] & dim_mask[None, :]
-    q_at = row * query_stride + (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
-    if SPLIT:
-        tiles = tl.cdiv(seq_len, TILE)
-        share = tl.cdiv(tiles, num_splits) * TILE
-        start = split * share
-        end = tl.minimum(start + share, seq_len)
-    else:
-        start = 0
-        end = seq_len
-    query = tl.load(query_ptr + q_at, mask=q_mask, other=0.0)
+    """Positions [first, last) of one row: the weighted sum of values, the weights' sum, the best score."""
     best = tl.full([GROUP_PAD], -1.0e30, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
     offs = tl.arange(0, TILE)
-    table = tables_ptr + row * table_stride
-    kv_base = kv_head.to(tl.int64) * head_stride
-    for first in range(start, end, TILE):
-        pos = first + offs
-        valid = pos < end
-        block = tl.load(table + pos // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        at = block * block_stride + (pos % BLOCK_SIZE) * token_stride + kv_base
-        keys = tl.load(key_ptr + at[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
-        scores = tl.dot(query, keys, input_precision=PRECISION) * scale_log2
+    dims = tl.arange(0, HEAD_PAD)
+    # Block ids are loaded a tile ahead: the loads of keys and values then wait for nothing.
+    block = load_blocks(table, first, last, BLOCK_SIZE, TILE)
+    for tile in range(first, last, TILE):
+        valid = offs < last - tile
+        mask = valid[:, None] & (dims < HEAD)[None, :]
+        at = token_offsets(block, tile, block_stride, token_stride, BLOCK_SIZE, TILE) + kv_base
+        at = at[:, None] + dims[None, :]
+        block = load_blocks(table, tile + TILE, last, BLOCK_SIZE, TILE)
+        keys = tl.load(key_ptr + at, mask=mask, other=0.0)
+        values = tl.load(value_ptr + at, mask=mask, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         scores = tl.where(valid[None, :], scores, -1.0e30)
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_best[:, None])
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weights, 1)
-        values = tl.load(value_ptr + at[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
-        acc = acc * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        acc = acc * fade[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
         best = new_best
-    safe = tl.where(total > 0, total, 1.0)
-    result = acc / safe[:, None]
-    if SPLIT:
-        index = (row * KV_HEADS * GROUP + kv_head * GROUP + heads) * num_splits + split
-        tl.store(partial_ptr + index[:, None] * HEAD + dims[None, :], result, mask=q_mask)
-        lse = tl.where(total > 0, best + tl.log2(safe), -1.0e30)
-        tl.store(lse_ptr + index, lse, mask=head_mask)
-    else:
-        out_at = (row * KV_HEADS * GROUP + kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
-        tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+    return acc, total, best
 
 
 @triton.jit
-def combine_kernel(
-    partial_ptr, lse_ptr, out_ptr, num_splits,
-    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+def _add_parts(
+    partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS_PAD)
+    """Write a row that was cut: its parts are the first group's second one, and the others' first."""
+    heads = tl.arange(0, HEADS)
     dims = tl.arange(0, HEAD_PAD)
-    mask = splits < num_splits
-    lse = tl.load(lse_ptr + item * num_splits + splits, mask=mask, other=-1.0e30)
-    weights = tl.where(lse > -1.0e29, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-    at = (item * num_splits + splits)[:, None] * HEAD + dims[None, :]
-    parts = tl.load(partial_ptr + at, mask=mask[:, None] & (dims < HEAD)[None, :], other=0.0)
-    total = tl.sum(weights, 0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + item * HEAD + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD)
+    best = tl.full([HEADS], -1.0e30, tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
+    mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
+    for chunk in range(first_group, last_group + 1, PARTS):
+        group = chunk + tl.arange(0, PARTS)
+        slot = (group * 2 + (group == first_group).to(tl.int32)) * KV_HEADS + kv_head
+        at = slot[:, None] * GROUP + heads[None, :]
+        there = (group <= last_group)[:, None] & (heads < GROUP)[None, :]
+        # Another multiprocessor wrote these: the nearest cache that both see is L2.
+        lse = tl.load(lse_ptr + at, mask=there, other=-1.0e30, cache_modifier=".cg")
+        parts_at = partial_ptr + at[:, :, None] * HEAD + dims[None, None, :]
+        parts = tl.load(
+            parts_at, mask=there[:, :, None] & (dims < HEAD)[None, None, :], other=0.0, cache_modifier=".cg"
+        )
+        new_best = tl.maximum(best, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_best[None, :])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        best = new_best
+    at = out_at + (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
+    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "min_share"])
+def decode_kernel(
+    query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    scale_log2, num_rows, min_share, query_stride, query_head_stride, block_stride, token_stride, head_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
+    TILE: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    MIXED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0) % KV_HEADS
+    group = tl.program_id(0) // KV_HEADS
+    num_groups = tl.num_programs(0) // KV_HEADS
+    lanes = tl.arange(0, ROWS)
+    heads = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, HEAD_PAD)
+    mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
+    num_tiles = 0
+    for chunk in range(0, num_rows, ROWS):
+        num_tiles += tl.sum(_count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED), 0)
+    share = tl.maximum(tl.cdiv(num_tiles, num_groups), min_share)
+    begin = group * share
+    end = tl.minimum(begin + share, num_tiles)
+    # The row that holds tile `begin`, and that row's own first tile.
+    row = 0
+    row_begin = 0
+    before = 0
+    empty = 0
+    for chunk in range(0, num_rows, ROWS):
+        tiles = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
+        ends = before + tl.cumsum(tiles, 0)
+        passed = (ends <= begin) & (chunk + lanes < num_rows)
+        row += tl.sum(passed.to(tl.int32), 0)
+        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(tiles, 0)
+        empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
+    while row_begin < end:
+        token = row
+        seq_len = tl.load(seq_lens_ptr + row)
+        if MIXED:
+            token = tl.load(starts_ptr + row)
+            if tl.load(starts_ptr + row + 1) != token + 1:
+                seq_len = 0
+        row_end = row_begin + tl.cdiv(seq_len, TILE)
+        if row_end > row_begin:
+            first = (tl.maximum(begin, row_begin) - row_begin) * TILE
+            last = tl.minimum((end - row_begin) * TILE, seq_len)
+            token64 = tl.cast(token, tl.int64)
+            q_at = token64 * query_stride + (kv_head * GROUP + heads)[:, None] * query_head_stride + dims[None, :]
+            query = tl.load(query_ptr + q_at, mask=mask, other=0.0)
+            acc, total, best = _attend(
+                query, first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
+                kv_head.to(tl.int64) * head_stride, scale_log2, block_stride, token_stride,
+                BLOCK_SIZE, GROUP_PAD, HEAD, HEAD_PAD, TILE, PRECISION,
+            )  # fmt: skip
+            result = acc / total[:, None]
+            out_at = token64 * (KV_HEADS * GROUP * HEAD)
+            if (row_begin >= begin) & (row_end <= end):
+                at = out_at + (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
+                tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
+            else:
+                slot = (group * 2 + (row_begin >= begin).to(tl.int32)) * KV_HEADS + kv_head
+                part = slot * GROUP + heads
+                tl.store(lse_ptr + part, best + tl.log2(total), mask=heads < GROUP)
+                tl.store(partial_ptr + part[:, None] * HEAD + dims[None, :], result, mask=mask)
+                tl.debug_barrier()  # every thread's part is written before the one thread counts it as arrived
+                first_group = row_begin // share
+                last_group = (row_end - 1) // share
+                counter = arrived_ptr + first_group * KV_HEADS + kv_head
+                if tl.atomic_add(counter, 1, sem="acq_rel") == last_group - first_group:
+                    tl.store(counter, 0)  # as the next launch expects it
+                    _add_parts(
+                        partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
+                        GROUP, HEAD, HEAD_PAD, HEADS, PARTS, KV_HEADS,
+                    )  # fmt: skip
+        row_begin = row_end
+        row += 1
+    if empty > 0:  # padding gets zeros; mixed in, the rows that do not decode are another kernel's
+        for pad in range(group, num_rows, num_groups):
+            token = pad
+            unused = tl.load(seq_lens_ptr + pad) == 0
+            if MIXED:
+                token = tl.load(starts_ptr + pad)
+                unused = unused & (tl.load(starts_ptr + pad + 1) == token + 1)
+            if unused:
+                pad_at = tl.cast(token, tl.int64) * (KV_HEADS * GROUP * HEAD)
+                lanes_at = (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
+                tl.store(out_ptr + pad_at + lanes_at, tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32), mask=mask)

@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
 import torch
 import triton
 
-from shoal.kernels.triton.attention_decode import combine_kernel, decode_kernel
+from shoal.kernels.triton.attention_decode import decode_kernel
 from shoal.kernels.triton.attention_prefill import prefill_kernel
 
 _LOG2E = 1.4426950408889634
-_FULL_GRID = 264  # two programs a multiprocessor of an H100; more rows than that need no splits
-_MIN_SPLIT = 256  # positions worth a program of their own
+_ROWS = 512  # rows whose lengths a program looks at together
+_MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
+_PART_VALUES = 2048  # of cut rows, added up at once
+_MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
+_REGISTERS = 65536  # of a multiprocessor
+_FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How decode_kernel is built: positions a tile, warps, pipeline stages, programs a multiprocessor holds at once."""
+
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+    least: int = 256  # positions worth a program of their own
+
+    def registers(self) -> int:
+        """Of a thread, at most, for all programs to be there at once: one that comes late would double the time."""
+        return min(255, _REGISTERS // (self.programs * self.warps * 32) // 8 * 8)
+
+    def shared_bytes(self, queries: int, head_pad: int, itemsize: int) -> int:
+        """Shared memory of a program, at most: tiles of keys and values on their way, queries, weights, and some."""
+        values = max(1, self.stages - 1) * 2 * self.tile * head_pad + queries * (head_pad + self.tile)
+        return values * itemsize + 2048
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How prefill_kernel is built: query tokens times heads, positions a tile, warps, pipeline stages."""
+
+    block_m: int
+    tile: int
+    warps: int
+    stages: int
+
+
+# (bytes of an element, largest padded head size, config); the first row that fits is used. In decode_kernel query heads
+# beyond 16 a KV head count as a larger head.
+DECODE_RULES = (
+    (2, 64, DecodeConfig(tile=64, warps=4, stages=3, programs=4)),
+    (2, 128, DecodeConfig(tile=64, warps=4, stages=3, programs=3)),
+    (2, 256, DecodeConfig(tile=32, warps=4, stages=3, programs=2)),
+    (2, 1024, DecodeConfig(tile=16, warps=4, stages=2, programs=1)),
+    (4, 128, DecodeConfig(tile=32, warps=4, stages=1, programs=4)),
+    (4, 1024, DecodeConfig(tile=16, warps=4, stages=1, programs=1)),
+)
+PREFILL_RULES = (
+    (2, 64, PrefillConfig(block_m=128, tile=64, warps=4, stages=3)),
+    (2, 128, PrefillConfig(block_m=128, tile=64, warps=8, stages=3)),
+    (2, 256, PrefillConfig(block_m=64, tile=32, warps=4, stages=2)),
+    (2, 1024, PrefillConfig(block_m=32, tile=16, warps=4, stages=2)),
+    (4, 128, PrefillConfig(block_m=32, tile=32, warps=4, stages=1)),
+    (4, 1024, PrefillConfig(block_m=16, tile=16, warps=4, stages=1)),
+)
 
 
 def paged_attention(
@@ -24,106 +85,117 @@ def paged_attention(
     max_query_len: int,
     max_seq_len: int,
 ) -> torch.Tensor:
-    """See kernels/ops/paged_attention.py. Grids depend on shapes and on the two bounds only: graphs may record it."""
-    query = query.contiguous()
-    out = torch.empty_like(query)
-    if query.shape[0]:
-        run = _decode if max_query_len == 1 else _prefill
-        run(query, key_cache, value_cache, cu_seqlens_q, seq_lens, block_tables, scale * _LOG2E, max_seq_len, out)
+    """See kernels/ops/paged_attention.py. Grids depend on shapes and on the two bounds only: graphs may record it.
+
+    Launches of one device must follow each other: decoding rows that are cut meet in one set of counters.
+    """
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    num_tokens, num_heads, head_dim = query.shape
+    num_rows = seq_lens.shape[0]
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
+    if num_tokens == 0:
+        return out
+    tensors = (query, key_cache, value_cache, cu_seqlens_q, seq_lens, block_tables, out)
+    apart = max_query_len == 1 or num_rows >= _MIXED_ROWS
+    if apart:
+        every_row_decodes = max_query_len == 1 and num_tokens == num_rows
+        decode(*tensors, scale * _LOG2E, max_seq_len, mixed=not every_row_decodes)
+    if max_query_len > 1:
+        prefill(*tensors, scale * _LOG2E, skip_one=apart)
     return out
 
 
-def num_splits(num_rows: int, kv_heads: int, max_seq_len: int) -> int:
-    """Programs that share a row and KV head: 1 where rows alone fill the device."""
-    programs = num_rows * kv_heads
-    if 2 * programs > _FULL_GRID:
-        return 1
-    return max(1, min(_FULL_GRID // programs, -(-max_seq_len // _MIN_SPLIT), 64))
-
-
-def _decode(
+def decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     seq_lens: torch.Tensor,
     block_tables: torch.Tensor,
+    out: torch.Tensor,
     scale_log2: float,
     max_seq_len: int,
-    out: torch.Tensor,
+    mixed: bool,
+    config: DecodeConfig | None = None,
 ) -> None:
-    num_rows, num_heads, head_dim = query.shape
+    """The rows of one query token, into `out`; where not `mixed`, that is every row."""
+    num_heads, head_dim = query.shape[1:]
     _, block_size, kv_heads, _ = key_cache.shape
-    group = num_heads // kv_heads
+    num_rows, group = seq_lens.shape[0], num_heads // kv_heads
     head_pad = max(16, triton.next_power_of_2(head_dim))
-    exact = query.dtype == torch.float32
-    splits = num_splits(num_rows, kv_heads, max_seq_len)
-    partial = lse = out
-    if splits > 1:
-        partial = torch.empty((num_rows, num_heads, splits, head_dim), dtype=torch.float32, device=query.device)
-        lse = torch.empty((num_rows, num_heads, splits), dtype=torch.float32, device=query.device)
-    decode_kernel[(num_rows * kv_heads, splits)](
+    heads_pad = triton.next_power_of_2(group)
+    group_pad = max(16, heads_pad)
+    config = config or rule(DECODE_RULES, query.dtype, head_pad * group_pad // 16)
+    least = max(1, config.least // config.tile)
+    shared = config.shared_bytes(group_pad, head_pad, query.element_size())
+    groups = _programs(query.device, config.programs, shared) // kv_heads
+    groups = max(1, min(groups, num_rows * -(-max_seq_len // (config.tile * least))))
+    arrived = _counters(query.device)
+    assert groups * kv_heads <= arrived.numel()
+    partial = torch.empty((groups, 2, num_heads, head_dim), dtype=torch.float32, device=query.device)
+    lse = torch.empty((groups, 2, num_heads), dtype=torch.float32, device=query.device)
+    decode_kernel[(groups * kv_heads,)](
         query,
         key_cache,
         value_cache,
+        cu_seqlens_q,
         seq_lens,
         block_tables,
         out,
         partial,
         lse,
+        arrived,
         scale_log2,
-        num_heads * head_dim,
+        num_rows,
+        least,
+        query.stride(0),
+        query.stride(1),
         key_cache.stride(0),
         key_cache.stride(1),
         key_cache.stride(2),
         block_tables.stride(0),
-        splits,
         BLOCK_SIZE=block_size,
         GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        GROUP_PAD=group_pad,
         HEAD=head_dim,
         HEAD_PAD=head_pad,
-        TILE=32 if exact else 128 if head_pad <= 128 else 64,
-        SPLIT=splits > 1,
+        TILE=config.tile,
         KV_HEADS=kv_heads,
+        ROWS=_ROWS,
+        HEADS=heads_pad,
+        PARTS=max(2, min(32, _PART_VALUES // (heads_pad * head_pad))),
+        MIXED=mixed,
         PRECISION="ieee",
-        num_warps=4,
-        num_stages=1 if exact else 3,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.registers(),
     )
-    if splits > 1:
-        combine_kernel[(num_rows * num_heads,)](
-            partial,
-            lse,
-            out,
-            splits,
-            HEAD=head_dim,
-            HEAD_PAD=head_pad,
-            SPLITS_PAD=triton.next_power_of_2(splits),
-            num_warps=1,
-        )
 
 
-def _prefill(
+def prefill(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     seq_lens: torch.Tensor,
     block_tables: torch.Tensor,
-    scale_log2: float,
-    max_seq_len: int,
     out: torch.Tensor,
+    scale_log2: float,
+    skip_one: bool,
+    config: PrefillConfig | None = None,
 ) -> None:
+    """Every row, or where `skip_one` those of more than one query token, into `out`."""
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, kv_heads, _ = key_cache.shape
-    num_rows = seq_lens.shape[0]
-    group = num_heads // kv_heads
+    num_rows, group = seq_lens.shape[0], num_heads // kv_heads
     head_pad = max(16, triton.next_power_of_2(head_dim))
-    exact = query.dtype == torch.float32
-    block_m = max(32 if exact else 128, triton.next_power_of_2(group))
+    config = config or rule(PREFILL_RULES, query.dtype, head_pad)
+    block_m = max(config.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    num_tiles = num_tokens // block_q + num_rows
-    prefill_kernel[(kv_heads, num_tiles)](
+    # Enough programs for a tile each where rows are long; many short rows take turns.
+    tiles = num_tokens // block_q + min(num_rows, _FEW_ROWS)
+    prefill_kernel[(tiles * kv_heads,)](
         query,
         key_cache,
         value_cache,
@@ -133,7 +205,8 @@ def _prefill(
         out,
         scale_log2,
         num_rows,
-        num_tiles,
+        query.stride(0),
+        query.stride(1),
         key_cache.stride(0),
         key_cache.stride(1),
         key_cache.stride(2),
@@ -144,9 +217,35 @@ def _prefill(
         HEAD_PAD=head_pad,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
-        TILE=32 if exact else 64,
+        TILE=config.tile,
         KV_HEADS=kv_heads,
+        ROWS=_ROWS,
+        SKIP_ONE=skip_one,
         PRECISION="ieee",
-        num_warps=4 if exact else 8,
-        num_stages=1 if exact else 3,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )
+
+
+def rule(rules: Sequence[tuple[int, int, Config]], dtype: torch.dtype, head_pad: int) -> Config:
+    """The config of the first row of a table that fits."""
+    for itemsize, largest, config in rules:
+        if dtype.itemsize == itemsize and head_pad <= largest:
+            return config
+    raise ValueError(f"no attention kernel for {dtype} with head_dim {head_pad} (padded); the largest is {largest}")
+
+
+@functools.cache
+def _programs(device: torch.device, wanted: int, shared_bytes: int) -> int:
+    """Programs that a GPU holds at once; in Triton's interpreter a few, so that rows are cut there too."""
+    if device.type != "cuda":
+        return 8 * wanted
+    card = torch.cuda.get_device_properties(device)
+    return card.multi_processor_count * max(1, min(wanted, card.shared_memory_per_multiprocessor // shared_bytes))
+
+
+@functools.cache
+def _counters(device: torch.device) -> torch.Tensor:
+    """Zeros between launches. They outlive every graph that holds their address."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "run once before recording"
+    return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)

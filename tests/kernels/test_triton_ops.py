@@ -338,44 +338,9 @@ def test_decode_steps(block_size, blocks, device, dtype) -> None:
 # ---- where there is neither interpreter nor GPU ----------------------------------------------------------------
 
 
-def compile_for_hopper(function, arguments: tuple, options: dict) -> None:
-    """Compile as a launch with these arguments would, which takes no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    values = dict(zip(function.arg_names, arguments, strict=False)) | options
-    short = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
-    short |= {torch.int32: "i32", torch.int64: "i64", torch.int8: "i8", torch.bool: "i1"}
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(function.params):
-        value = values.pop(parameter.name)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[(place,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name], aligned = "*" + short[value.dtype], value.data_ptr() % 16 == 0
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-            aligned = isinstance(value, int) and value % 16 == 0
-        if aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=values)
-
-
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("name", [name for name in OPS if "triton" in load_op(name).implementations])
-def test_compiles_for_hopper(name, monkeypatch) -> None:
-    pytest.importorskip("triton")
-    from triton.runtime.jit import JITFunction
-
-    launches = []
-
-    def record(self, *arguments, grid, warmup, **options) -> None:
-        launches.append((self, arguments, options))
-
-    monkeypatch.setattr(JITFunction, "run", record)
+def test_compiles_for_hopper(name, compiled_for_hopper) -> None:
     run = load_op(name).get("triton")
     keep_wide = {"sample_rows": (1,), "sample": (1, 2), "qk_norm_rope_store": (4,)}.get(name, ())
     for case in [case for case in load_op(name).cases() if case[0].numel()][-2:]:
@@ -383,10 +348,7 @@ def test_compiles_for_hopper(name, monkeypatch) -> None:
             v.bfloat16() if isinstance(v, torch.Tensor) and v.dtype == torch.float32 and i not in keep_wide else v
             for i, v in enumerate(case)
         ]
-        run(*half)
-    assert launches
-    for function, arguments, options in launches:
-        compile_for_hopper(function, arguments, options)
+        compiled_for_hopper(run, *half)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is running now")
