@@ -22,7 +22,6 @@ OPS = {
     "sample": "shoal.kernels.ops.sampling:sample",
     "sample_filtered": "shoal.kernels.ops.sampling:sample_filtered",
     "sample_rows": "shoal.kernels.ops.sample_rows:sample_rows",
-    "silu_and_mul": "shoal.kernels.ops.silu_and_mul:silu_and_mul",
     "store_kv": "shoal.kernels.ops.store_kv:store_kv",
 }
 

@@ -76,7 +76,7 @@ def layer_cases(model: Model, tokens: int) -> Iterator[Case]:
         return (normal(tokens, width), *weights, 1e-6, cos_sin, positions, *caches, slots, model.heads)
 
     yield Case("rms_norm", label, norm, 8 * tokens * hidden)
-    yield Case("silu_and_mul", label, lambda: (normal(tokens, 2 * inner),), 6 * tokens * inner)
+    yield Case("activation_and_mul", f"{label} silu", lambda: (normal(tokens, 2 * inner), "silu"), 6 * tokens * inner)
     yield Case("qk_norm_rope_store", label, qkv, 4 * tokens * width)
 
 
