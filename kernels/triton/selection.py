@@ -82,7 +82,6 @@ def kth(base, ids_ptr, length, temperature, floor, k, vocab, ROW: tl.constexpr, 
         low = tl.full([], -2139095041, tl.int64)  # -inf: all ids reach it
         high = tl.full([], 2139095041, tl.int64)  # beyond inf: none does
         reaching = length
-        above = 0
         while high - low > 1:
             middle = (low + high) >> 1
             count = _count(base, ids_ptr, length, temperature, floor, _value_of(middle), NO_ID, ROW, BLOCK)
@@ -91,7 +90,6 @@ def kth(base, ids_ptr, length, temperature, floor, k, vocab, ROW: tl.constexpr, 
                 reaching = count
             else:
                 high = middle
-                above = count
             if count == k:
                 high = middle + 1
         value = _value_of(low)
