@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.ops.logprobs_of import logprobs_of
-from shoal.kernels.ops.sampling import top_candidates
+from shoal.kernels.ops.top_ids import top_ids
 from shoal.workers.pending import to_device
 from shoal.workers.plan import TokenLogprobs
 
-_CPU_CHUNK = 1 << 20  # elements of the float32 buffer
-_DEVICE_CHUNK = 1 << 24  # 64 MiB of float32, and as much as 192 MiB for the ordering
+_CPU_CHUNK = 1 << 20  # logits whose float32 copies stay in the cache
+_DEVICE_CHUNK = 1 << 24  # logits to be ordered wholly: their int64 indices take 128 MiB
 
 
 @dataclass(slots=True)
@@ -80,7 +80,8 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, requests: list[LogprobReq
     parts = []
     for request in requests:
         chosen = token_ids[request.index]
-        entries = _score(logits, request.index, chosen, request.width)
+        every = len(request.places) == logits.shape[0]
+        entries = _score(logits, None if every else request.index, chosen, request.width)
         entries.ids.masked_fill_(request.unused, -1)
         parts.append((request, entries))
     return LogprobsTensors(parts)
@@ -93,25 +94,29 @@ def score_tokens(logits: Tensor, target_ids: Tensor, k: int) -> LogprobEntries:
 
 
 def _score(logits: Tensor, index: Tensor | None, target_ids: Tensor, width: int) -> LogprobEntries:
-    """Entries for rows `index` (None: all of them) of logits, a bounded number of rows at a time."""
+    """Entries for rows `index` (None: all of them, in order) of logits."""
     num_rows = target_ids.shape[0]
     entries = LogprobEntries(
         torch.empty(num_rows, width + 1, dtype=torch.int32, device=logits.device),
         torch.empty(num_rows, width + 1, dtype=torch.float32, device=logits.device),
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
     )
-    for rows in _chunks(num_rows, logits):
+    for rows in _chunks(num_rows, logits, width):
         part = logits[rows] if index is None else logits[index[rows]]
         ids = target_ids[rows].unsqueeze(1)
         if width:
-            ids = torch.cat([ids, top_candidates(part.to(torch.float32), width)[1]], dim=1)
+            ids = torch.cat([ids, top_ids(part, width)], dim=1)
         entries.ids[rows] = ids.to(torch.int32)
         entries.logprobs[rows], entries.ranks[rows] = logprobs_of(part, ids)
     return entries
 
 
-def _chunks(num_rows: int, logits: Tensor) -> Iterator[slice]:
-    limit = _CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, limit // logits.shape[1])
-    for start in range(0, num_rows, step):
+def _chunks(num_rows: int, logits: Tensor, width: int) -> Iterator[slice]:
+    """Few rows at a time where there are temporaries of the logits' size: on a CPU, and where much is to be ordered."""
+    vocab_size, step = logits.shape[1], num_rows
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_CHUNK // vocab_size)
+    elif 2 * width > vocab_size:
+        step = max(1, _DEVICE_CHUNK // vocab_size)
+    for start in range(0, num_rows, max(1, step)):
         yield slice(start, start + step)

@@ -37,9 +37,7 @@ def _margin(logits, low, factor, best):
 
 
 @triton.jit
-def best_random(
-    base, first, end, vocab, temperature, floor, stream, position, FLOOR: tl.constexpr, TILE: tl.constexpr
-):
+def best_random(base, first, end, vocab, temperature, floor, stream, position, FLOOR: tl.constexpr, TILE: tl.constexpr):
     """(score, id) of the best id in [first, end)."""
     some = first + tl.arange(0, _START)
     scores = _scores(base, some, some < vocab, stream, position, temperature, floor)

@@ -1,4 +1,4 @@
-"""The Triton kernels that select: sample_filtered against its reference, through every way it can take.
+"""The Triton kernels that select, sample_filtered and top_ids, against their references, whichever way they take.
 
 As in test_triton.py: in the interpreter by a process of its own, and on a GPU where there is one.
 """
@@ -51,9 +51,9 @@ def _poisoned(monkeypatch):
 
 
 def set_capacity(monkeypatch, capacity: int) -> None:
-    from shoal.kernels.triton import sample_filtered, selection
+    from shoal.kernels.triton import sample_filtered, selection, top_ids
 
-    for module in (sample_filtered, selection):
+    for module in (sample_filtered, selection, top_ids):
         monkeypatch.setattr(module, "CAPACITY", capacity)
 
 
@@ -169,6 +169,20 @@ def test_nan_gives_an_id(device, dtype) -> None:
     assert ((found >= 0) & (found < 4200)).all()
 
 
+@everywhere
+@pytest.mark.parametrize("capacity", [4096, 16], ids=["collected", "overflowing"])
+@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (40, 9), (40, 33), (4200, 5), (4200, 120), (4200, 700)])
+def test_top_ids(vocab, k, capacity, device, dtype, monkeypatch) -> None:
+    set_capacity(monkeypatch, capacity)
+    logits = normal(4, vocab + 2, device=device, dtype=dtype, scale=3)[:, :vocab]
+    logits[0] = logits[0].round()
+    logits[1] = 0
+    logits[1, ::2] = -0.0
+    logits[2, 1:] = -INF
+    op = load_op("top_ids")
+    assert torch.equal(op.get("triton")(logits, k), op.reference(logits, k))
+
+
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("rows", [1, 60, 260])
@@ -182,6 +196,8 @@ def test_real_sizes(rows, vocab, dtype) -> None:
         assert_drawn(logits, temperature, None, top_k, top_p)
         assert_drawn(logits, temperature, torch.full_like(temperature, -4.0), top_k, top_p)
         assert_drawn(logits, temperature, None, top_k.clamp(max=1000), top_p, 1000)
+        for k in (1, 20, 1000):
+            assert torch.equal(load_op("top_ids").get("triton")(logits, k), load_op("top_ids").reference(logits, k))
 
 
 @pytest.mark.gpu
