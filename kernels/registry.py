@@ -15,6 +15,7 @@ OPS = {
     "layer_norm": "shoal.kernels.ops.layer_norm:layer_norm",
     "logprobs_of": "shoal.kernels.ops.logprobs_of:logprobs_of",
     "paged_attention": "shoal.kernels.ops.paged_attention:paged_attention",
+    "penalise": "shoal.kernels.ops.penalise:penalise",
     "prepare_decode": "shoal.kernels.ops.decode_step:prepare_decode",
     "qk_norm_rope_store": "shoal.kernels.ops.qk_norm_rope_store:qk_norm_rope_store",
     "rms_norm": "shoal.kernels.ops.rms_norm:rms_norm",
@@ -22,8 +23,8 @@ OPS = {
     "sample": "shoal.kernels.ops.sampling:sample",
     "sample_filtered": "shoal.kernels.ops.sampling:sample_filtered",
     "sample_rows": "shoal.kernels.ops.sample_rows:sample_rows",
-    "silu_and_mul": "shoal.kernels.ops.silu_and_mul:silu_and_mul",
     "store_kv": "shoal.kernels.ops.store_kv:store_kv",
+    "top_ids": "shoal.kernels.ops.top_ids:top_ids",
 }
 
 

@@ -37,6 +37,8 @@ def _config(family: str, **changes):
     }
     if family == "llama":
         return transformers.LlamaConfig(**gqa | changes)
+    if family == "mistral":
+        return transformers.MistralConfig(**gqa | {"sliding_window": None} | changes)
     if family == "qwen3":
         return transformers.Qwen3Config(**gqa | {"head_dim": 16, "tie_word_embeddings": True} | changes)
     if family == "granite":
@@ -114,7 +116,10 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 class LocalEngine:
-    """The engine in this process: the same scheduler, frames, runner and stop strings, without Ray."""
+    """The engine in this process: the same scheduler, frames, runner and stop strings, without Ray.
+
+    On the CPU unless device="cuda" is asked for. Ops are switched for all of the process: the newest engine runs.
+    """
 
     def __init__(self, config, model, tokenizer_json) -> None:
         from collections import deque
@@ -128,6 +133,7 @@ class LocalEngine:
         from shoal.driver.model_config import resolve_dtype
         from shoal.driver.scheduler import Scheduler
         from shoal.driver.stop_strings import StopStrings
+        from shoal.kernels.registry import use_implementation
         from shoal.workers.config import WorkerConfig
         from shoal.workers.parallel import TensorParallel
         from shoal.workers.runner import ModelRunner
@@ -135,8 +141,12 @@ class LocalEngine:
         self._collected, self._to_finished, self._inflight, self._out = Collected, _finished, deque(), []
         length = resolve.check_model_len(config, model.spec)
         rows, tokens = resolve.resolve_budgets(config, length, [{}])
-        dtype = resolve_dtype(config.dtype, model.spec, "cpu", model.load.load_format == "gguf")
-        worker = WorkerConfig(model.spec, model.load, 0, 1, "cpu", dtype, config.block_size, length, rows, tokens)
+        device = "cuda" if config.device == "cuda" else "cpu"
+        use_implementation("triton" if device == "cuda" else "reference")
+        dtype = resolve_dtype(config.dtype, model.spec, device, model.load.load_format == "gguf")
+        worker = WorkerConfig(
+            model.spec, model.load, 0, 1, device, dtype, config.block_size, length, rows, tokens, config.enforce_eager
+        )
         torch.set_num_threads(1)
         with torch.inference_mode():
             self.runner = ModelRunner(worker, TensorParallel(0, 1), tuple(config.logits_processors))
@@ -155,7 +165,7 @@ class LocalEngine:
         self.scheduler = Scheduler(limits, self._stops.check)
         self.lookahead = config.lookahead if config.async_scheduling and not steady else 0
         self.resolved = resolve.ResolvedConfig(
-            config.model, model.spec.architecture, "cpu", dtype, 1, length, rows, tokens, config.block_size, blocks,
+            config.model, model.spec.architecture, device, dtype, 1, length, rows, tokens, config.block_size, blocks,
             blocks * self.runner.block_bytes(), self.runner.weight_bytes(), 0.0, burst, self.lookahead,
         )  # fmt: skip
         assert replace(worker) == worker
@@ -225,13 +235,15 @@ def local_llm(monkeypatch):
     """local_llm(model, **engine arguments) -> LLM whose engine runs in this process."""
     from shoal import LLM
     from shoal.driver import engine
+    from shoal.kernels.registry import use_implementation
 
     def make(model: str, **arguments):
         with monkeypatch.context() as patch:
             patch.setattr(engine, "Engine", LocalEngine)
             return LLM(model, **({"dtype": "float32"} | arguments))
 
-    return make
+    yield make
+    use_implementation("reference")
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.kernels.ops.penalise import penalise
 from shoal.workers.logits_processor import ProcessLogits
-from shoal.workers.penalties import PenaltyTable, penalise
+from shoal.workers.penalties import PenaltyTable
+from shoal.workers.pending import to_device
 from shoal.workers.plan import RowSampling
 
-_CPU_CHUNK = 1 << 17  # logits penalised at once: temporaries stay in the cache
-_DEVICE_CHUNK = 1 << 24
 _FORCED = 1e30  # in place of +inf from a custom processor: certain, and still a number after any temperature
 
 
@@ -58,7 +58,7 @@ class Entries:
     def of(cls, lists: Iterable[tuple[int, Sequence[int]]], device: torch.device) -> Entries:
         """The pairs of (row, its ids)."""
         pairs = [(row, token_id) for row, ids in lists for token_id in ids]
-        both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous().to(device, non_blocking=True)
+        both = to_device(np.array(pairs, np.int64).reshape(-1, 2).T.copy(), device)
         return cls(both[0], both[1])
 
     def add(self, logits: Tensor, values: Tensor) -> None:
@@ -148,11 +148,7 @@ class Penalise:
 
     def apply(self, logits: Tensor, context: EditContext) -> None:
         """See Edit."""
-        step = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK) // logits.shape[1])
-        for start in range(0, len(self.rows), step):
-            part = slice(start, start + step)
-            rows, counts = self.rows[part], self.table.counts(self.slots[part])
-            logits[rows] = penalise(logits[rows], counts, *self.penalties[:, part])
+        penalise(logits, self.rows, self.table.table, self.slots, self.penalties)
 
 
 @dataclass(slots=True)
@@ -226,12 +222,12 @@ def build_edits(
         allow = AllowOnly(_index([i for i, _ in allowing], device), Entries.of(allowing, device))
     edits = _mask_edits(every, device)
     if biased := [(i, s.logit_bias) for i, s in every if s.logit_bias]:
-        values = torch.tensor([value for _, bias in biased for _, value in bias], dtype=torch.float32).to(device)
+        values = to_device(np.array([value for _, bias in biased for _, value in bias], np.float32), device)
         edits.append(AddBias(Entries.of([(i, [t for t, _ in bias]) for i, bias in biased], device), values))
     if penalised := [(i, s) for i, s in every if has_penalties(s)]:
         numbers = [(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for _, s in penalised]
         slots = _index([table.slot(rows[i]) for i, _ in penalised], device)
-        penalties = torch.tensor(numbers, dtype=torch.float32).T.contiguous().to(device)
+        penalties = to_device(np.array(numbers, np.float32).T.copy(), device)
         edits.append(Penalise(_index([i for i, _ in penalised], device), slots, table, penalties))
     if custom := [(i, functions) for i, functions in enumerate(processors) if functions]:
         edits.append(RunProcessors(custom))
@@ -251,7 +247,7 @@ def _mask_edits(every: list[tuple[int, RowSampling]], device: torch.device) -> l
             prefix[len(prefix) - len(word) + 1 :] = word[:-1]
         lengths = _index([len(w) - 1 for _, w in words], device)
         last = Entries.of([(i, [w[-1]]) for i, w in words], device)
-        edits.append(MaskAfterPrefix(last, torch.from_numpy(prefixes).to(device), lengths))
+        edits.append(MaskAfterPrefix(last, to_device(prefixes, device), lengths))
     if until := [(i, sorted(s.stop_ids), s.min_tokens) for i, s in every if s.min_tokens]:
         entries = Entries.of([(i, ids) for i, ids, _ in until], device)
         edits.append(MaskUntil(entries, _index([least for _, ids, least in until for _ in ids], device)))
@@ -259,4 +255,4 @@ def _mask_edits(every: list[tuple[int, RowSampling]], device: torch.device) -> l
 
 
 def _index(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    return to_device(np.array(values, np.int64), device)

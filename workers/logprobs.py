@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.kernels.ops.sampling import top_candidates
+from shoal.kernels.ops.logprobs_of import logprobs_of
+from shoal.kernels.ops.top_ids import top_ids
+from shoal.workers.pending import to_device
 from shoal.workers.plan import TokenLogprobs
 
-_CPU_CHUNK = 1 << 20  # elements of the float32 buffer
-_DEVICE_CHUNK = 1 << 24  # 64 MiB of float32, and as much as 192 MiB for the ordering
+_CPU_CHUNK = 1 << 20  # logits whose float32 copies stay in the cache
+_DEVICE_CHUNK = 1 << 24  # logits to be ordered wholly: their int64 indices take 128 MiB
 
 
 @dataclass(slots=True)
@@ -23,6 +26,7 @@ class LogprobRequest:
     index: Tensor  # the same on the device, int64 [m]
     counts: list[int]  # best ids each row wants
     width: int  # the largest of them
+    unused: Tensor  # bool [m, width + 1]: columns beyond what the row wants
 
 
 @dataclass(slots=True)
@@ -65,8 +69,9 @@ def plan_requests(wanted: list[tuple[int, int]], vocab_size: int, device: torch.
     for members in groups.values():
         places = [place for place, _ in members]
         counts = [count for _, count in members]
-        index = torch.tensor(places, dtype=torch.int64).to(device)
-        requests.append(LogprobRequest(places, index, counts, max(counts)))
+        unused = np.arange(max(counts) + 1) > np.array(counts)[:, None]
+        index = to_device(np.array(places, np.int64), device)
+        requests.append(LogprobRequest(places, index, counts, max(counts), to_device(unused, device)))
     return requests
 
 
@@ -75,11 +80,9 @@ def gather_logprobs(logits: Tensor, token_ids: Tensor, requests: list[LogprobReq
     parts = []
     for request in requests:
         chosen = token_ids[request.index]
-        entries = _score(logits, request.index, chosen, request.width)
-        # A column beyond what its row wants is unused.
-        limits = torch.tensor(request.counts, device=chosen.device).unsqueeze(1)
-        unused = torch.arange(request.width + 1, device=chosen.device) > limits
-        entries.ids.masked_fill_(unused, -1)
+        every = len(request.places) == logits.shape[0]
+        entries = _score(logits, None if every else request.index, chosen, request.width)
+        entries.ids.masked_fill_(request.unused, -1)
         parts.append((request, entries))
     return LogprobsTensors(parts)
 
@@ -91,31 +94,29 @@ def score_tokens(logits: Tensor, target_ids: Tensor, k: int) -> LogprobEntries:
 
 
 def _score(logits: Tensor, index: Tensor | None, target_ids: Tensor, width: int) -> LogprobEntries:
-    """Entries for rows `index` (None: all of them) of logits, a bounded number of rows at a time."""
+    """Entries for rows `index` (None: all of them, in order) of logits."""
     num_rows = target_ids.shape[0]
     entries = LogprobEntries(
         torch.empty(num_rows, width + 1, dtype=torch.int32, device=logits.device),
         torch.empty(num_rows, width + 1, dtype=torch.float32, device=logits.device),
         torch.empty(num_rows, dtype=torch.int32, device=logits.device),
     )
-    for rows in _chunks(num_rows, logits):
-        raw = (logits[rows] if index is None else logits[index[rows]]).to(torch.float32)
-        targets = target_ids[rows].unsqueeze(1)
-        logprobs = raw.log_softmax(dim=-1)
-        chosen = logprobs.gather(1, targets)
-        entries.ids[rows, :1] = targets.to(torch.int32)
-        entries.logprobs[rows, :1] = chosen
-        entries.ranks[rows] = (logprobs >= chosen).sum(dim=-1, dtype=torch.int32)
+    for rows in _chunks(num_rows, logits, width):
+        part = logits[rows] if index is None else logits[index[rows]]
+        ids = target_ids[rows].unsqueeze(1)
         if width:
-            # Ordered by logits: rounding can make equal logprobs of different logits.
-            best = top_candidates(raw, width)[1]
-            entries.ids[rows, 1:] = best.to(torch.int32)
-            entries.logprobs[rows, 1:] = logprobs.gather(1, best)
+            ids = torch.cat([ids, top_ids(part, width)], dim=1)
+        entries.ids[rows] = ids.to(torch.int32)
+        entries.logprobs[rows], entries.ranks[rows] = logprobs_of(part, ids)
     return entries
 
 
-def _chunks(num_rows: int, logits: Tensor) -> Iterator[slice]:
-    limit = _CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, limit // logits.shape[1])
-    for start in range(0, num_rows, step):
+def _chunks(num_rows: int, logits: Tensor, width: int) -> Iterator[slice]:
+    """Few rows at a time where there are temporaries of the logits' size: on a CPU, and where much is to be ordered."""
+    vocab_size, step = logits.shape[1], num_rows
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_CHUNK // vocab_size)
+    elif 2 * width > vocab_size:
+        step = max(1, _DEVICE_CHUNK // vocab_size)
+    for start in range(0, num_rows, max(1, step)):
         yield slice(start, start + step)

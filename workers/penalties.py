@@ -1,4 +1,4 @@
-"""Repetition, frequency and presence penalties, and the token counts they need, kept on the device."""
+"""The token counts that repetition, frequency and presence penalties need, kept on the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from shoal.workers.pending import to_device
 
 _FIRST_SLOTS = 8
 
@@ -41,7 +43,7 @@ class PenaltyTable:
             table = self._table
         assert table is not None
         counts = table[self._slot_of_row[row]]
-        ids = torch.tensor(token_ids, dtype=torch.int64).to(self._device)
+        ids = to_device(token_ids.astype(np.int64), self._device)
         counts.zero_()
         counts[ids[:num_prompt_tokens]] = 1
         output = ids[num_prompt_tokens:]
@@ -56,10 +58,11 @@ class PenaltyTable:
             self._table = None
             self._free = []
 
-    def counts(self, slots: Tensor) -> Tensor:
-        """Entries of these slots: int32 [m, vocab] from int64 [m]."""
+    @property
+    def table(self) -> Tensor:
+        """All slots: int32 [slots, vocab]. Another tensor once the table has grown."""
         assert self._table is not None
-        return self._table[slots]
+        return self._table
 
     def observe(self, slots: Tensor, token_ids: Tensor) -> None:
         """Counts one generated token for each slot: both int64 [n]; a token id of -1 is none."""
@@ -78,19 +81,3 @@ class PenaltyTable:
         self._table = table
         self._free = list(range(new - 1, max(old, 1) - 1, -1))
         return table
-
-
-def penalise(logits: Tensor, counts: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
-    """Logits after the three penalties.
-
-    logits: float32 [m, vocab]; counts: int32 [m, vocab] as PenaltyTable keeps them; penalties: float32 [m].
-    Repetition divides positive logits, and multiplies negative ones, of tokens in prompt or output; frequency is
-    subtracted once for each time a token was generated, presence once if it was generated at all.
-    """
-    generated = counts >> 1
-    factor = repetition.unsqueeze(1)
-    repeated = torch.where(logits > 0, logits / factor, logits * factor)
-    logits = torch.where(counts > 0, repeated, logits)
-    logits -= frequency.unsqueeze(1) * generated
-    logits -= presence.unsqueeze(1) * (generated > 0)
-    return logits

@@ -67,7 +67,7 @@ class Sampler:
     def prompt_logprobs(self, logits: Tensor, target_ids: Tensor, k: int) -> TokenLogprobs:
         """Logprobs of target_ids (int64 [m]) and of the k best ids (-1: all) under logits [m, vocab].
 
-        Waits for the device. At most 64 MiB of float32 logits are held at once.
+        Waits for the device.
         """
         return score_tokens(logits, target_ids, k).to_host()
 

@@ -17,7 +17,7 @@ def _activation_and_mul(gate_up: torch.Tensor, name: str) -> torch.Tensor:
     ValueError for an unknown name.
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    return activation.reference(gate, name) * up
+    return activation.reference(gate, name).mul_(up)
 
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""activation, activation_and_mul and silu_and_mul in Triton."""
+"""activation and activation_and_mul in Triton."""
 
 from __future__ import annotations
 
@@ -79,8 +79,3 @@ def activation(x: torch.Tensor, name: str) -> torch.Tensor:
 def activation_and_mul(gate_up: torch.Tensor, name: str) -> torch.Tensor:
     """See kernels/ops/activation_and_mul.py."""
     return _run(gate_up, name, gated=True)
-
-
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """See kernels/ops/silu_and_mul.py."""
-    return _run(gate_up, "silu", gated=True)

@@ -13,31 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 256  # ids of one warp's step: 16 bytes of bfloat16 a thread
+from shoal.kernels.triton.noise import gumbel, words_of_block, words_of_ids
+
+TILE = 256  # ids of one warp's step: 16 bytes of bfloat16 a thread
 _START = tl.constexpr(32)  # ids scored at first, so that there is something to beat
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NO_ID = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _philox(quads, stream, position):
-    """The four words of counter (quads, position, 0, 0)."""
-    zero = (quads * 0).to(tl.uint32)
-    return tl.philox(stream, quads.to(tl.uint32), zero + position.to(tl.uint32), zero, zero)
-
-
-@triton.jit
 def _scores(base, ids, mask, stream, position, temperature, floor):
     """logits / temperature + noise at these ids, as exact as the reference; -inf below the floor."""
     logits = tl.load(base + ids, mask=mask, other=float("-inf")).to(tl.float32)
-    w0, w1, w2, w3 = _philox(ids >> 2, stream, position)
-    word = tl.where((ids & 2) != 0, tl.where((ids & 1) != 0, w3, w2), tl.where((ids & 1) != 0, w1, w0))
-    u = tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
-    y = 1.0 - u
-    # -log1p(-u), also where 1 - u rounds to 1
-    exponential = tl.where(y == 1.0, u, tl.log(y) * (u / tl.where(y == 1.0, 1.0, y - 1.0)))
     scaled = tl.div_rn(logits, temperature)
-    return tl.where(scaled >= floor, scaled - tl.log(exponential), float("-inf"))
+    return tl.where(scaled >= floor, scaled + gumbel(words_of_ids(ids, stream, position)), float("-inf"))
 
 
 @triton.jit
@@ -48,9 +37,7 @@ def _margin(logits, low, factor, best):
 
 
 @triton.jit
-def _best_random(
-    base, first, end, vocab, temperature, floor, stream, position, FLOOR: tl.constexpr, TILE: tl.constexpr
-):
+def best_random(base, first, end, vocab, temperature, floor, stream, position, FLOOR: tl.constexpr, TILE: tl.constexpr):
     """(score, id) of the best id in [first, end)."""
     some = first + tl.arange(0, _START)
     scores = _scores(base, some, some < vocab, stream, position, temperature, floor)
@@ -63,8 +50,7 @@ def _best_random(
         if FLOOR:
             low_floor = floor * temperature - tl.abs(floor * temperature) * 1e-6
             logits = tl.where(logits >= low_floor, logits, float("-inf"))
-        w0, w1, w2, w3 = _philox(start // 4 + tl.arange(0, TILE // 4), stream, position)
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILE])
+        words = words_of_block(start, stream, position, TILE)
         low = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + u, cut to 23 bits
         margin = _margin(logits, low, factor, best)
         # Of integers the warp finds the largest in one instruction, and the sign bit says all.
@@ -118,7 +104,7 @@ def best_of_chunk_kernel(
             stream = tl.load(streams_ptr + row).to(tl.uint64, bitcast=True)
             position = tl.load(positions_ptr + row)
             FLOOR: tl.constexpr = floor_ptr is not None
-            best, index = _best_random(base, first, end, vocab, temperature, floor, stream, position, FLOOR, TILE)
+            best, index = best_random(base, first, end, vocab, temperature, floor, stream, position, FLOOR, TILE)
         else:
             best, index = _best_greedy(base, first, end, vocab, TILE)
     tl.store(value_ptr + row * num_chunks + chunk, best)
@@ -151,7 +137,7 @@ def _choose(
         return out
     # Long chunks, whose best score rules out more, where rows alone fill the device.
     tiles = 32 if rows > 128 else 16 if rows > 64 else 8 if rows > 16 else 2
-    chunk_size = _TILE * tiles
+    chunk_size = TILE * tiles
     chunks = triton.cdiv(vocab, chunk_size)
     values = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
@@ -167,7 +153,7 @@ def _choose(
         logits.stride(0),
         chunk_size,
         chunks,
-        TILE=_TILE,
+        TILE=TILE,
         num_warps=1,  # a vote of one warp needs no barrier
     )
     best_chunk_kernel[(rows,)](values, index, out, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1)

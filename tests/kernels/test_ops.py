@@ -10,11 +10,11 @@ import torch
 
 from shoal.kernels.op import Op
 from shoal.kernels.ops.activation import activation
+from shoal.kernels.ops.activation_and_mul import activation_and_mul
 from shoal.kernels.ops.layer_norm import layer_norm
 from shoal.kernels.ops.paged_attention import paged_attention
 from shoal.kernels.ops.rms_norm import rms_norm
 from shoal.kernels.ops.rotary import rotary
-from shoal.kernels.ops.silu_and_mul import silu_and_mul
 from shoal.kernels.ops.store_kv import store_kv
 
 
@@ -42,12 +42,6 @@ def naive_rotary(query, key, cos, sin):
     return rotate(query), rotate(key)
 
 
-def naive_silu_and_mul(x):
-    size = x.shape[-1] // 2
-    x = x.double()
-    return x[..., :size] / (1 + torch.exp(-x[..., :size])) * x[..., size:]
-
-
 def naive_activation(x, name):
     x = x.double()
     if name == "relu":
@@ -57,6 +51,11 @@ def naive_activation(x, name):
     if name == "gelu":
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def naive_activation_and_mul(x, name):
+    size = x.shape[-1] // 2
+    return naive_activation(x[..., :size], name) * x[..., size:].double()
 
 
 def naive_paged_attention(query, key_cache, value_cache, starts, lengths, tables, scale, *_):
@@ -80,7 +79,7 @@ NAIVE: list[tuple[Op[..., Any], Any]] = [
     (rms_norm, naive_rms_norm),
     (layer_norm, naive_layer_norm),
     (rotary, naive_rotary),
-    (silu_and_mul, naive_silu_and_mul),
+    (activation_and_mul, naive_activation_and_mul),
     (activation, naive_activation),
     (paged_attention, naive_paged_attention),
 ]

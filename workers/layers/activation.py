@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shoal.kernels.ops.activation import activation
-from shoal.kernels.ops.silu_and_mul import silu_and_mul
+from shoal.kernels.ops.activation_and_mul import activation_and_mul
 
 
 class Activation(torch.nn.Module):
@@ -29,7 +29,4 @@ class GatedActivation(torch.nn.Module):
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[num_tokens, 2 * size] -> [num_tokens, size]."""
-        if self.name == "silu":
-            return silu_and_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return activation(gate, self.name) * up
+        return activation_and_mul(gate_up, self.name)
