@@ -81,6 +81,7 @@ class DecodeGraphs:
     def _replay(self, full: bool) -> torch.Tensor:
         if self._stop_ids != self._sampling.stop_ids.data_ptr():  # the table grew: old recordings read the old one
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # the old one is gone with its last graph
             self._stop_ids = self._sampling.stop_ids.data_ptr()
         key = (self._size, self._bound, full)
         if key not in self._graphs:

@@ -57,8 +57,8 @@ class PrefillConfig:
 # (bytes of an element, largest padded head size, config); the first row that fits is used. In decode_kernel query heads
 # beyond 16 a KV head count as a larger head.
 DECODE_RULES = (
-    (2, 64, DecodeConfig(tile=64, warps=4, stages=3, programs=4)),
-    (2, 128, DecodeConfig(tile=64, warps=4, stages=3, programs=3)),
+    (2, 64, DecodeConfig(tile=16, warps=1, stages=4, programs=8)),
+    (2, 128, DecodeConfig(tile=32, warps=2, stages=3, programs=4)),
     (2, 256, DecodeConfig(tile=32, warps=4, stages=3, programs=2)),
     (2, 1024, DecodeConfig(tile=16, warps=4, stages=2, programs=1)),
     (4, 128, DecodeConfig(tile=32, warps=4, stages=1, programs=4)),

@@ -1,4 +1,4 @@
-"""Finding the best k ids of rows of logits without ordering them: what sample_filtered and top_ids share.
+"""Finding the best k ids of rows of logits without ordering them: what top_ids needs.
 
 Scores are logits / temperature, -inf below a floor (min_p). The order is that of the references: by score, the lower id
 first among equals. An id is "ahead of" (value, bound) where its score is above value, or equal to it with id < bound.

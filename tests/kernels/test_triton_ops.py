@@ -343,7 +343,6 @@ def test_compiles_for_hopper(name, compiled_for_hopper) -> None:
     keep_wide = {
         "sample_rows": (1,),
         "sample": (1, 2),
-        "sample_filtered": (1, 2),
         "qk_norm_rope_store": (4,),
         "penalise": (0, 4),
     }.get(name, ())
