@@ -110,32 +110,7 @@ class KeyTable:
             found[hits] = 0 if run.values is None else run.values[places[hits]]
         return found
 
-    def claim(self, keys: Sequence[bytes]) -> Int64:
-        """As `find`, but gives each key's value out once: -1 after that."""
-        assert self._with_values, "only a table with values can be claimed from"
-        self._flush()
-        found = np.full(len(keys), MISSING)
-        if not self._runs or not len(keys):
-            return found
-        high, low = _split(keys)
-        for run in self._runs:
-            places = run.places(high, low)
-            assert run.values is not None
-            for index in np.flatnonzero(places >= 0):
-                value = run.values[places[index]]
-                if value >= 0:
-                    found[index] = value
-                    run.values[places[index]] = -1 - value
-        return found
-
-    def unclaimed(self) -> int:
-        """Keys that `claim` has not given out."""
-        self._flush()
-        return sum(int((run.values >= 0).sum()) for run in self._runs if run.values is not None)
-
     def _flush(self) -> None:
-        if not self._pending:
-            return
         high, low = _split(list(self._pending))
         values = np.fromiter(self._pending.values(), np.int64, len(high)) if self._with_values else None
         self._pending.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,6 @@ class Scanner:
     def __init__(self, form: Form, keys: RowKeys) -> None:
         self._form, self._keys = form, keys
         self._ids = KeyTable(with_values=False)
-
-    def remember(self, row_ids: Iterable[str]) -> None:
-        """Ids of rows that are not scanned again, since they are done."""
-        for row_id in row_ids:
-            self._ids.add(id_hash(row_id))
 
     def scan(self, rows: Sequence[tuple[int, InputFile, SourceRow]]) -> list[InputRow]:
         """A chunk of rows, each with what is wrong with it, if anything."""
