@@ -81,6 +81,8 @@ class JobConfig(BaseModel):
     RAY_JOB_STOP_WAIT_TIME_S (3 unless set)."""
     fresh: bool = False
     """Forget what an earlier run of this output has done."""
+    retry_errors: bool = False
+    """Try rows again that an earlier run of this output ended with an error."""
     accept_changes: bool = False
     """Go on although input, model or parameters changed: rows that changed are computed again, others are kept."""
 

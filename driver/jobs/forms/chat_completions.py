@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from shoal.driver.outputs import CompletionOutput, Logprob, RequestOutput
 
 PREFIX = "chatcmpl"
-_CHAT_FIELDS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 FIELDS = ("messages", "logprobs", "top_logprobs", "max_completion_tokens", "tool_choice", *_CHAT_FIELDS)
 
 

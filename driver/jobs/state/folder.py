@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from shoal.driver.jobs.state.store import LedgerFullError, PartWriter, StateStore, part_name
 
 _CHUNK = 4 << 20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Folder(StateStore):
@@ -118,7 +118,7 @@ class _Appender(PartWriter):
             os.fsync(self._handle)
         except OSError as error:
             os.ftruncate(self._handle, self._durable)
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise LedgerFullError(error.errno, f"{self._name}: {error.strerror}") from error
             raise
         self._durable = self._taken
