@@ -46,7 +46,13 @@ class UnknownArgumentError(TypeError, ValueError):
 class EngineConfig(BaseModel):
     """Engine arguments, under vLLM's names. None means: chosen from the model and the device."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # they are the help of the command line's flags
+    )
 
     model: str
     """Local folder, one .gguf file, or a hub id; an existing local path wins."""

@@ -44,6 +44,7 @@ class SchedulerStats:
     num_generation_tokens: int = 0
     num_wasted_tokens: int = 0
     num_steps: int = 0
+    num_row_steps: int = 0  # rows, summed over steps: over num_steps it is the mean batch
     num_scheduled_tokens: int = 0
     max_unfinished: int = 0
 

@@ -102,6 +102,7 @@ class EngineMetrics:
             Counter("shoal:generation_tokens", stats.num_generation_tokens),
             Counter("shoal:wasted_tokens", stats.num_wasted_tokens),
             Counter("shoal:engine_steps", stats.num_steps),
+            Counter("shoal:engine_row_steps", stats.num_row_steps),
         ]
         for reason, count in sorted(self._reasons.items()):
             metrics.append(Counter("shoal:request_success", count, {"finished_reason": reason}))

@@ -260,6 +260,7 @@ class Scheduler:
         self._next_step += 1
         self.num_plans_inflight += 1
         self.stats.num_steps += plan.output.num_steps
+        self.stats.num_row_steps += sum(draft.steps)
         self.stats.num_scheduled_tokens += sum(draft.counts)
         return plan
 

@@ -1,0 +1,84 @@
+"""The table that a benchmark prints, and what it says of where it ran."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import shoal
+
+_PACKAGES = ("ray", "transformers", "numpy")
+
+
+def collect_versions() -> dict[str, str | None]:
+    """Of Shoal, its source and the packages that this process uses; None where there is none to tell."""
+    found: dict[str, str | None] = {"shoal": str(shoal.__version__), "commit": _commit()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # on the path, but not installed
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with a mark if files were changed; None outside a git checkout."""
+    root = Path(shoal.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except FileNotFoundError:  # no git here
+        return None
+    return head.stdout.strip() or None
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """All figures of one result."""
+    work, engine, floor = result["workload"], result["engine"], result["floor"]
+    print(
+        f"\n{work['name']}: {work['num_requests']} requests, {work['num_input_tokens']:,} tokens in, "
+        f"{work['num_output_tokens']:,} out, seed {work['workload_seed']}; {result['model']} ({engine['dtype']}) on "
+        f"{len(result['ranks'])} x {result['ranks'][0]['device']}\n"
+    )
+    _print_runs(result)
+    rates = result["rates"][0]
+    print(
+        f"\nfloor {floor['seconds']:.3f} s = {floor['output_tokens_per_s']:,.0f} output tok/s: prefill "
+        f"{floor['prefill_s']:.3f}, weights {floor['weights_s']:.3f}, KV {floor['kv_s']:.3f}, logits "
+        f"{floor['logits_s']:.3f} s; measured on rank 0: read {rates['read_bytes_per_s'] / 1e9:,.0f} GB/s, copy "
+        f"{rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, product {rates['matmul_flops_per_s'] / 1e12:,.2f} TFLOP/s"
+    )
+    print(f"start-up {result['startup_s']:.1f} s; run 1 / run 2: {result['run1_over_run2']:.2f}")
+
+
+def _print_runs(result: dict[str, Any]) -> None:
+    rows = (
+        ("seconds", "seconds", "{:.2f}"),
+        ("output tok/s", "output_tokens_per_s", "{:,.0f}"),
+        ("total tok/s", "total_tokens_per_s", "{:,.0f}"),
+        ("requests/s", "requests_per_s", "{:,.2f}"),
+        ("share of the floor", "share_of_floor", "{:.1%}"),
+        ("mean batch", "mean_batch", "{:.1f}"),
+        ("steps", "num_steps", "{:,}"),
+        ("preemptions", "num_preemptions", "{:,}"),
+        ("KV read, GB/s", "kv_read_gb_per_s", "{:,.1f}"),
+    )
+    columns = [(f"run {i}", one) for i, one in enumerate(result["runs"], 1)]
+    print(line("", (name for name, _ in columns)))
+    for label, key, form in rows:
+        print(line(label, (form.format(one[key]) if key in one else "-" for _, one in columns)))
+
+
+def line(label: str, cells: Iterable[str]) -> str:
+    """A row of the table."""
+    return f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells)

@@ -1,0 +1,60 @@
+"""Engine arguments as command-line flags: one for each field of EngineConfig, made from the class itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from shoal.driver.config import EngineConfig
+
+_DEST = "engine."  # keeps a flag's place apart from the command's own arguments of the same name
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field but `model`: `--max-num-seqs 512`, `--enforce-eager`, `--no-enable-prefix-caching`,
+    JSON for dicts, "module:Class" (one or more) for lists."""
+    group = parser.add_argument_group("engine options", "as in LLM(...); what is not given keeps its default there")
+    for name, field in EngineConfig.model_fields.items():
+        if name != "model":
+            flag = "--" + name.replace("_", "-")
+            text = (field.description or "").replace("%", "%%")
+            group.add_argument(
+                flag, dest=_DEST + name, default=argparse.SUPPRESS, help=text, **_form(field.annotation, name)
+            )
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given, as keyword arguments of LLM; EngineConfig checks and converts the values."""
+    return {name.removeprefix(_DEST): value for name, value in vars(args).items() if name.startswith(_DEST)}
+
+
+def _form(annotation: Any, name: str) -> dict[str, Any]:
+    """How argparse takes a field of this type."""
+    options = [a for a in get_args(annotation) if a is not type(None)] if _is_union(annotation) else [annotation]
+    origins = [get_origin(option) or option for option in options]
+    if bool in options:
+        return {"action": argparse.BooleanOptionalAction}
+    if Literal in origins:
+        choices = [choice for option in options for choice in get_args(option)]
+        return {"choices": choices, "type": type(choices[0])}
+    if dict in origins:
+        return {"type": _json_object, "metavar": "JSON"}
+    if list in origins:
+        return {"nargs": "+", "metavar": "NAME"}
+    return {"metavar": "N" if int in options else "X" if float in options else name.upper()}
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return value
