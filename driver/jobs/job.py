@@ -86,7 +86,10 @@ class Job:
         self._status = StatusFile(self._store, self._ledger.epoch, self._accounts, self._samples, every_s)
         self._committer = Committer(self._ledger, self._form, self._accounts, self._config.commit_rows)
         self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
-        self._parts = Parts(self._plan, self._publisher, self._config.rows_per_part) if self._plan.is_folder else None
+        self._parts: Parts | None = None
+        if self._plan.is_folder:
+            rewrite = self._config.fresh or self._config.accept_changes
+            self._parts = Parts(self._plan, self._publisher, self._config.rows_per_part, rewrite)
         try:
             return self._live(earlier)
         except JobError as error:
@@ -170,9 +173,9 @@ class Job:
         connect(self._config.engine.address)
         self._stop.listen()  # Ray takes SIGTERM for itself
 
-    def _settled(self, indices: list[int]) -> None:
+    def _settled(self, indices: list[int], new: bool) -> None:
         if self._parts is not None:
-            self._parts.settled(indices)
+            self._parts.settled(indices, new)
 
     def _tick(self) -> None:
         if self._stop.asked and self._status.status == Status.IN_PROGRESS:

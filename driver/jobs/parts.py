@@ -11,18 +11,23 @@ from shoal.driver.jobs.publish import OutputPlan, Publisher
 class Parts:
     """Counts rows of each part and publishes those that are complete."""
 
-    def __init__(self, plan: OutputPlan, publisher: Publisher, rows_per_part: int) -> None:
+    def __init__(self, plan: OutputPlan, publisher: Publisher, rows_per_part: int, rewrite: bool) -> None:
+        """`rewrite`: parts of earlier runs count for nothing."""
+        self._rewrite = rewrite
         self._plan, self._publisher, self._size = plan, publisher, rows_per_part
         self._settled: Counter[int] = Counter()
         self._published: set[int] = set()
+        self._changed: set[int] = set()  # parts with rows that this run settled
 
-    def settled(self, indices: Iterable[int]) -> None:
-        """Rows that are durable now."""
+    def settled(self, indices: Iterable[int], new: bool) -> None:
+        """Rows that are durable now; `new`: this run settled them."""
         touched = set()
         for index in indices:
             number = index // self._size
             self._settled[number] += 1
             touched.add(number)
+        if new:
+            self._changed |= touched
         for number in sorted(touched):
             if self._settled[number] == self._size:
                 self._publish(number, (number + 1) * self._size)
@@ -37,7 +42,10 @@ class Parts:
         return count
 
     def _publish(self, number: int, stop: int) -> None:
-        self._publisher.publish_part(number, number * self._size, stop)
+        """Writes a part, unless an earlier run of the same job wrote the same."""
+        if self._rewrite or number in self._changed or not self._plan.filesystem.exists(self._plan.part(number)):
+            self._publisher.publish_part(number, number * self._size, stop)
+            self._changed.discard(number)
         self._published.add(number)
         self._settled.pop(number, None)
 

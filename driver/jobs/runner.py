@@ -41,7 +41,7 @@ class Hooks:
     start_engine: StartEngine
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
-    settled: Callable[[list[int]], None]  # rows that are durable now
+    settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
     first_engine: Callable[[], None]  # before engines are started
 
 
@@ -81,7 +81,7 @@ class Runner:
         self._deaths_in_a_row = 0
         self._boot_failures: dict[int, int] = {}
         self._exhausted = False
-        self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory
+        self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory only
         self._full_since = 0.0
         self._drained = False
 
@@ -184,8 +184,8 @@ class Runner:
     def _on_chunk(self, chunk: Chunk) -> None:
         self._feeder.received()
         self._accounts.rows_read += chunk.num_rows
-        self._committer.settle(chunk.settled)
-        self._unsynced += [row.index for row in chunk.settled]
+        self._unsynced += self._committer.settle(chunk.settled)
+        self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
         for work in chunk.work:
             self._dispatcher.add(work)
         self._check_errors()
@@ -324,7 +324,7 @@ class Runner:
             self._full_since = 0.0
         if self._unsynced and not self._committer.ledger.num_unsynced:
             settled, self._unsynced = self._unsynced, []
-            self._hooks.settled(settled)
+            self._hooks.settled(settled, True)
 
     def _observe(self) -> None:
         self._accounts.mark()
