@@ -1,6 +1,6 @@
 # make demo   answer examples/prompts.jsonl with a small real model      make lint       ruff, mypy
 # make test   the whole suite                                            make bench-cpu  Shoal beside transformers
-# make clean  remove everything that make made
+# make bench  tokens/s beside what the device could do                   make clean      remove everything that make made
 #
 # Everything is installed into .venv; the stamps in it say what is done, so a second run installs nothing.
 
@@ -31,7 +31,7 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint bench-cpu clean
+.PHONY: help demo test lint bench bench-cpu clean
 
 help:
 	@sed -n 's/^# //;1,3p' Makefile
@@ -46,6 +46,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Small enough for a CPU; on a GPU: make bench BENCH_ARGS="--workload nano"
+bench: BENCH_ARGS ?= --model tiny --num-requests 64 --output-len 16:256
+bench: $(VENV)/.installed $(RAY_TOKEN)
+	@$(BIN)/python -m shoal bench throughput $(BENCH_ARGS)
 
 bench-cpu: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py $(BENCH_ARGS)

@@ -40,7 +40,7 @@ def _form(annotation: Any, name: str) -> dict[str, Any]:
         choices = [choice for option in options for choice in get_args(option)]
         return {"choices": choices, "type": type(choices[0])}
     if dict in origins:
-        return {"type": _json_object, "metavar": "JSON"}
+        return {"type": json_object, "metavar": "JSON"}
     if list in origins:
         return {"nargs": "+", "metavar": "NAME"}
     return {"metavar": "N" if int in options else "X" if float in options else name.upper()}
@@ -50,7 +50,8 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an argument that is a JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:

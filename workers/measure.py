@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from shoal.workers.actor import Worker
 
 _GPU_BYTES, _CPU_BYTES = 1 << 30, 1 << 27  # of the buffer that is read: many times any cache
+_ROW_BYTES = 1 << 14  # it is a matrix of such rows
 _GPU_EDGE, _CPU_EDGE = 8192, 768  # of the square matrices
 _REPEATS = 12
 
@@ -28,10 +30,8 @@ def describe_rank(worker: Worker) -> dict[str, Any]:
     device: torch.device = worker.runner.device
     about: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
-        import triton
-
         properties = torch.cuda.get_device_properties(device)
-        about |= {"triton": triton.__version__, "cuda": torch.version.cuda, "device": properties.name}
+        about |= {"triton": version("triton"), "cuda": torch.version.cuda, "device": properties.name}
         about |= {"memory_bytes": properties.total_memory, "num_sms": properties.multi_processor_count}
     else:
         about |= {"device": _cpu_name(), "num_threads": torch.get_num_threads()}
@@ -46,12 +46,18 @@ def measure_rates(worker: Worker) -> dict[str, float]:
     device, dtype = worker.runner.device, worker.runner.dtype
     on_gpu = device.type == "cuda"
     num_bytes, edge = (_GPU_BYTES, _GPU_EDGE) if on_gpu else (_CPU_BYTES, _CPU_EDGE)
-    source = torch.ones(num_bytes // 4, device=device)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        # The KV cache has left little, and there are two buffers.
+        num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4 // _ROW_BYTES * _ROW_BYTES)
+    source = torch.ones(num_bytes // _ROW_BYTES, _ROW_BYTES // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    # Two kernels that only read: which is faster differs between cards.
-    read = min(_seconds(source.sum, device), _seconds(source.amax, device))
+    # Kernels that do little but read: which is fastest differs between devices and dtypes.
+    flat = source.view(torch.float32)
+    readers = (flat.sum, flat.amax, partial(torch.mv, source, source[0].clone()))
+    read = min(_seconds(reader, device) for reader in readers)
     copy = _seconds(partial(target.copy_, source), device)
-    del source, target  # memory is short beside the KV cache
+    del source, target, flat, readers  # memory is short beside the KV cache
     # Random values: a product of constants draws less power and runs faster than any real one.
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     product = _seconds(partial(torch.mm, left, right), device)

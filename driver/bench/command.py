@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from shoal.driver.bench.models import CONFIGS, model_folder
+from shoal.driver.bench.peer import PEERS, get_peer, run_peer
+from shoal.driver.bench.profile import profile_decode
 from shoal.driver.bench.report import collect_versions, print_table
 from shoal.driver.bench.throughput import add_ceilings, floor_of, run_workload
 from shoal.driver.bench.workloads import WORKLOADS, BenchRequest, Workload, get_workload
-from shoal.driver.cli_options import add_engine_options, engine_arguments
+from shoal.driver.cli_options import add_engine_options, engine_arguments, json_object
 from shoal.driver.llm import LLM
 from shoal.workers import measure
 
 _ROUND = 1024  # max_model_len is made a multiple of it
 _LEAST_LEN = 4096
+_MOST_PROFILE_S = 60  # a trace of minutes takes gigabytes
 _SIZES = ("num_requests", "input_len", "output_len", "output_mu", "output_sigma", "num_prefixes", "prefix_len",
           "temperature", "workload_seed")  # fmt: skip
 
@@ -35,6 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="NAME", help=f"{', '.join(CONFIGS)}, a folder or a hub id (default: the workload's own)"
     )
     throughput.add_argument("--output", type=Path, metavar="FILE.json", help="write all figures there")
+    throughput.add_argument(
+        "--profile-seconds",
+        type=float,
+        default=5.0,
+        metavar="X",
+        help="length of the profile of full-batch decoding, a third run; 0: none (default: 5)",
+    )
+    throughput.add_argument("--peer", metavar="NAME", help=f"run {' or '.join(PEERS)} on the same requests afterwards")
+    throughput.add_argument(
+        "--peer-python", default=sys.executable, metavar="PYTHON", help="the Python that has it (default: this one)"
+    )
+    throughput.add_argument("--peer-args", type=json_object, default={}, metavar="JSON", help="engine arguments for it")
     throughput.add_argument("--quiet", action="store_true", help="no progress bars")
     sizes = throughput.add_argument_group("sizes of the workload", "what is not given is as the workload has it")
     sizes.add_argument("--num-requests", type=int, metavar="N", default=argparse.SUPPRESS)
@@ -60,44 +75,82 @@ def run(args: argparse.Namespace) -> int:
     work = get_workload(args.workload, **{name: getattr(args, name) for name in _SIZES if hasattr(args, name)})
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}")
+    if not 0 <= args.profile_seconds <= _MOST_PROFILE_S:
+        raise ValueError(f"--profile-seconds must be in [0, {_MOST_PROFILE_S}], got {args.profile_seconds}")
+    if args.peer_args and args.peer is None:
+        raise ValueError(f"--peer-args {json.dumps(args.peer_args)}: there is no --peer that they are for")
+    peer = None if args.peer is None else get_peer(args.peer, args.peer_python)
     requests = work.draw(work)
+    result: dict[str, Any] = {"workload": _describe(args.workload, work, requests), "model": args.model or work.model}
     with model_folder(args.model or work.model) as folder:
         arguments = _defaults(requests) | engine_arguments(args)
-        result = _measure(folder, arguments, work, requests, show_bar=not args.quiet)
-    result = {"workload": _describe(args.workload, work, requests), "model": args.model or work.model} | result
-    print_table(result)
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.output}", file=sys.stderr)
+        if arguments.get("disable_log_stats"):
+            raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics, leave it out")
+        try:
+            _measure(result, folder, arguments, work, requests, args.profile_seconds, show_bar=not args.quiet)
+            if peer is not None:  # the engine is gone: the device is free
+                job = _peer_job(folder, work, result["engine"], args.peer_args)
+                theirs = run_peer(peer, args.peer_python, job, requests)
+                for one in theirs["runs"]:
+                    one["share_of_floor"] = result["floor"]["seconds"] / one["seconds"]
+                result["peer"] = {"name": args.peer, "arguments": args.peer_args} | theirs
+        finally:  # what was measured before something failed is not lost
+            if "runs" in result:
+                _publish(result, args.output)
     return 0
 
 
+def _publish(result: dict[str, Any], file: Path | None) -> None:
+    print_table(result)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {file}", file=sys.stderr)
+
+
 def _measure(
-    folder: str, arguments: dict[str, Any], work: Workload, requests: list[BenchRequest], show_bar: bool
-) -> dict[str, Any]:
-    started_at = time.time()
+    result: dict[str, Any],
+    folder: str,
+    arguments: dict[str, Any],
+    work: Workload,
+    requests: list[BenchRequest],
+    profile_s: float,
+    show_bar: bool,
+) -> None:
+    """Everything about our own engine, added to the result."""
+    result["started_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     start = time.perf_counter()
     with LLM(folder, **arguments) as llm:
-        startup_s = time.perf_counter() - start
-        ranks = llm.collective_rpc(measure.describe_rank)
+        result["startup_s"] = time.perf_counter() - start
+        result["engine"] = dataclasses.asdict(llm.resolved) | {"arguments": arguments}
+        result["versions"] = collect_versions()
+        result["ranks"] = llm.collective_rpc(measure.describe_rank)
         runs = [run_workload(llm, requests, work.temperature, show_bar) for _ in range(2)]
         # After the runs: the device is as warm as it was for them, and the first run finds nothing prepared.
-        rates = llm.collective_rpc(measure.measure_rates)
-        ceilings = add_ceilings(rates)
-        floor = floor_of(llm, requests, ceilings)
+        result["rates"] = llm.collective_rpc(measure.measure_rates)
+        floor = floor_of(llm, requests, add_ceilings(result["rates"]))
         num_output = sum(request.num_output for request in requests)
-        return {
-            "started_at": started_at,
-            "engine": dataclasses.asdict(llm.resolved) | {"arguments": arguments},
-            "versions": collect_versions(),
-            "ranks": ranks,
-            "startup_s": startup_s,
-            "rates": rates,
-            "floor": dataclasses.asdict(floor)
-            | {"seconds": floor.seconds, "output_tokens_per_s": num_output / floor.seconds},
-            "runs": [dataclasses.asdict(one) | {"share_of_floor": floor.seconds / one.seconds} for one in runs],
-            "run1_over_run2": runs[0].seconds / runs[1].seconds,
+        result["floor"] = dataclasses.asdict(floor) | {
+            "seconds": floor.seconds,
+            "overlapped_seconds": floor.overlapped_seconds,
+            "output_tokens_per_s": num_output / floor.seconds,
         }
+        result["runs"] = [dataclasses.asdict(one) | {"share_of_floor": floor.seconds / one.seconds} for one in runs]
+        result["run1_over_run2"] = runs[0].seconds / runs[1].seconds
+        if profile_s:
+            result["profile"] = profile_decode(llm, requests, work.temperature, profile_s)
+
+
+def _peer_job(folder: str, work: Workload, engine: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a peer needs beside the requests; as our engine has it where both know the word."""
+    given = engine["arguments"]
+    return {
+        "model": folder,
+        "load_format": given["load_format"],
+        "enable_prefix_caching": given.get("enable_prefix_caching", True),
+        "temperature": work.temperature,
+        "num_runs": 2,
+        "arguments": arguments,
+    } | {name: engine[name] for name in ("device", "dtype", "max_model_len", "tensor_parallel_size")}
 
 
 def _defaults(requests: list[BenchRequest]) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Floor:
         """All of it, one after the other."""
         return self.prefill_s + self.weights_s + self.kv_s + self.logits_s
 
+    @property
+    def overlapped_seconds(self) -> float:
+        """If reading the cache and the logits hid entirely under matrix products, or the other way round."""
+        return max(self.prefill_s + self.weights_s, self.kv_s + self.logits_s)
+
 
 def layer_params(spec: ModelSpec) -> int:
     """Weights of the matrices in the layers."""

@@ -7,7 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from shoal.workers.models.spec import ModelSpec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -74,6 +77,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
     },
 }
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The numbers of the config of that name."""
+    return ModelSpec.from_hf(SimpleNamespace(**CONFIGS[name]))
 
 
 @contextmanager

@@ -338,6 +338,7 @@ def test_burst_ends_where_max_tokens_does() -> None:
     scheduler.schedule()
     plan = scheduler.schedule()
     assert plan.output.row_steps.tolist() == [3, 8]
+    assert (scheduler.stats.num_steps, scheduler.stats.num_row_steps) == (1 + 8, 2 + 3 + 8)
 
 
 def test_abort_in_flight_frees_only_when_the_plan_is_back() -> None:
