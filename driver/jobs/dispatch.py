@@ -95,14 +95,6 @@ class Dispatcher:
         """An engine is up."""
         self.lanes[number] = Lane(slots)
 
-    def close_lane(self, number: int) -> list[Work]:
-        """An engine goes, through no death: its rows wait again, in front."""
-        lane = self.lanes.pop(number)
-        for work in reversed(lane.works.values()):
-            work.results.clear()
-            self._waiting[trust(work)].appendleft(work)
-        return list(lane.works.values())
-
     def take(self, number: int) -> list[Work]:
         """Rows that the engine is to get now; none while a delivery would be too small to be worth it."""
         lane = self.lanes[number]

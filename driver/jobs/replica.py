@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ray
+
 from shoal.driver.jobs.events import Down, News, Up
 from shoal.driver.log import LOGGER
-from shoal.driver.metrics import Counter
 from shoal.driver.request import EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
 
 POLL_S = 0.25  # how long one wait for results lasts
-COUNT_S = 5.0  # how often the engine's own counters are read
-_MADE = ("shoal:generation_tokens", "shoal:wasted_tokens")
 
 
 class Collected(Protocol):
@@ -29,6 +28,7 @@ class Collected(Protocol):
     num_running: int
     num_waiting: int
     kv_cache_usage: float
+    num_made_tokens: int
 
 
 class EngineLike(Protocol):
@@ -45,8 +45,8 @@ class EngineLike(Protocol):
     def abort(self, numbers: list[int]) -> None:
         """Ends requests."""
 
-    def metrics(self) -> list[Any]:
-        """Counters since its start."""
+    def num_made_tokens(self) -> int:
+        """Tokens it has made; of a dead engine too, where its driver still answers."""
 
     def shutdown(self) -> None:
         """Ends it and gives back what it holds; of a dead one, what is left."""
@@ -110,6 +110,8 @@ class Replica:
             self._listen()
         except Exception as error:  # whatever ends the listening ends the engine
             failure = error
+        with contextlib.suppress(ray.exceptions.RayError):  # its driver died too: what it said last counts
+            self.generated = self.engine.num_made_tokens()
         try:
             self.engine.shutdown()
         except Exception as error:
@@ -117,19 +119,10 @@ class Replica:
         self._inbox.put(Down(self, failure or self._failure, True))
 
     def _listen(self) -> None:
-        counted = time.monotonic()
         while not self._stop.is_set():
             collected = self.engine.collect(POLL_S)
             self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
             self.kv_cache_usage = collected.kv_cache_usage
+            self.generated = collected.num_made_tokens
             if collected.finished:
                 self._inbox.put(News(self, collected))
-            if time.monotonic() - counted >= COUNT_S:
-                self._count()
-                counted = time.monotonic()
-        if self._failure is None:
-            self._count()
-
-    def _count(self) -> None:
-        metrics = self.engine.metrics()
-        self.generated = sum(one.value for one in metrics if isinstance(one, Counter) and one.name in _MADE)

@@ -31,6 +31,7 @@ TICK_S = 0.1
 _CHUNKS_AHEAD = 4
 _MOST_BOOT_FAILURES = 3  # in a row, of one replica
 _FULL_RETRY_S = 1.0
+RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
 _PERCENT_FROM = 200  # rows read before a share of errors means anything
 
 
@@ -123,6 +124,7 @@ class Runner:
 
     def _begin_drain(self) -> None:
         """Rows that cannot be running yet go back; what runs may finish."""
+        LOGGER.info("stopping: rows at work get %.0f s to finish; ask again to end now", self._stop.left_s)
         self._feeder.stop()
         for number, lane in self._dispatcher.lanes.items():
             excess, unstarted = lane.num_sequences - lane.slots, []
@@ -251,7 +253,7 @@ class Runner:
         LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
         if failures < _MOST_BOOT_FAILURES:
             start = self._hooks.start_engine
-            self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=2.0**failures)
+            self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
             return
         del self.replicas[replica.number]
         if not self.replicas:

@@ -10,7 +10,6 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from shoal.driver.jobs.outcome import Exit
-from shoal.driver.log import LOGGER
 
 _CTRL_C_DRAIN_S = 30.0
 _RAY_WAIT_S = 3.0  # what `ray job stop` gives unless RAY_JOB_STOP_WAIT_TIME_S says otherwise
@@ -27,6 +26,11 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self.asked = False
         self.code = Exit.INTERRUPTED
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that rows at work have left."""
+        return max(0.0, self._deadline - time.monotonic())
 
     @property
     def due(self) -> bool:
@@ -66,10 +70,4 @@ class StopRequest:
         if drain_s is None:
             wait_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", _RAY_WAIT_S))
             drain_s = _CTRL_C_DRAIN_S if kind == signal.SIGINT else max(0.0, wait_s - _MARGIN_S)
-        again = self.asked
-        self.ask(_CODES[kind], drain_s)
-        LOGGER.info(
-            "%s: %s",
-            kind.name,
-            "ending now" if again else f"rows at work get {drain_s:g} s to finish; again to end now",
-        )
+        self.ask(_CODES[kind], drain_s)  # and nothing else: it may be in the middle of writing a log line
