@@ -56,6 +56,7 @@ class Collected:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
+    num_made_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -202,8 +203,13 @@ class Driver:
         if not finished:
             self._check_alive()
         scheduler = self._scheduler
-        pool = scheduler.kv.pool
-        return Collected(finished, mark, len(scheduler.running), scheduler.num_waiting, pool.num_used / pool.num_blocks)
+        pool, running, waiting = scheduler.kv.pool, len(scheduler.running), scheduler.num_waiting
+        return Collected(finished, mark, running, waiting, pool.num_used / pool.num_blocks, self.num_made_tokens())
+
+    def num_made_tokens(self) -> int:
+        """Tokens that were sampled since the start, those that were cut off again too. A dead engine still tells."""
+        stats = self._scheduler.stats
+        return stats.num_generation_tokens + stats.num_wasted_tokens
 
     def abort(self, numbers: list[int]) -> None:
         """End these requests; when this returns they are gone and none of them will be collected."""

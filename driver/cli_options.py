@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import types
+from collections.abc import Container
 from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
 
 from shoal.driver.config import EngineConfig
 
@@ -16,13 +19,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """A flag for every field but `model`: `--max-num-seqs 512`, `--enforce-eager`, `--no-enable-prefix-caching`,
     JSON for dicts, "module:Class" (one or more) for lists."""
     group = parser.add_argument_group("engine options", "as in LLM(...); what is not given keeps its default there")
-    for name, field in EngineConfig.model_fields.items():
-        if name != "model":
+    add_field_options(group, EngineConfig, {"model"}, _DEST)
+
+
+def add_field_options(group: Any, config: type[BaseModel], skip: Container[str], prefix: str) -> None:
+    """A flag for every field of a config but those of `skip`; it is in the namespace only where it was given."""
+    for name, field in config.model_fields.items():
+        if name not in skip:
             flag = "--" + name.replace("_", "-")
             text = (field.description or "").replace("%", "%%")
-            group.add_argument(
-                flag, dest=_DEST + name, default=argparse.SUPPRESS, help=text, **_form(field.annotation, name)
-            )
+            dest = prefix + name
+            group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=text, **_form(field.annotation, name))
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:

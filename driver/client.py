@@ -57,6 +57,7 @@ class Client:
         elif tokenizer is not None:
             decoder = SlowDetokenizer(tokenizer)
         self.config = config
+        self.decoder = decoder
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self.feed = Feed(engine, window=2 * max_num_seqs)
         self.inputs = InputProcessor(tokenizer, tokenizer_json, spec.vocab_size, max_model_len)

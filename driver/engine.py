@@ -133,6 +133,10 @@ class Engine:
         """Counts and distributions since the start."""
         return list(ask(self._driver.metrics.remote()))
 
+    def num_made_tokens(self) -> int:
+        """Tokens sampled since the start; known as long as the driver's process lives, whatever the ranks do."""
+        return int(ask(self._driver.num_made_tokens.remote()))
+
     def shutdown(self) -> None:
         """End driver and ranks, give their resources back; stop Ray if it was started here and no engine is left."""
         global _num_engines

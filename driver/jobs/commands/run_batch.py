@@ -1,0 +1,44 @@
+"""`shoal run-batch`: a batch job from flags, from a YAML file, or from a file with flags laid over it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
+from shoal.driver.jobs.config import JobConfig, load_job, make_job
+
+_DEST = "job."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `shoal run-batch`."""
+    parser.add_argument("job", nargs="?", metavar="JOB.yaml", help="a job file; flags go before its fields")
+    parser.add_argument("-i", "--input", nargs="+", metavar="IN", help=JobConfig.model_fields["input"].description)
+    parser.add_argument("-o", "--output", metavar="OUT", help=JobConfig.model_fields["output"].description)
+    parser.add_argument("--model", metavar="M", help="local folder, one .gguf file, or a hub id")
+    group = parser.add_argument_group("job options", "what is not given keeps its default, or what the job file says")
+    add_field_options(group, JobConfig, {"input", "output", "engine"}, _DEST)
+    add_engine_options(parser)
+
+
+def job_config(args: argparse.Namespace) -> JobConfig:
+    """The job that the arguments describe. ValueError where they describe none."""
+    changes: dict[str, Any] = {k.removeprefix(_DEST): v for k, v in vars(args).items() if k.startswith(_DEST)}
+    changes |= {name: value for name in ("input", "output") if (value := getattr(args, name)) is not None}
+    engine = engine_arguments(args)
+    if args.model is not None:
+        engine["model"] = args.model
+    if args.job is not None:
+        return load_job(args.job, {**changes, "engine": engine})
+    for name, flag in (("input", "-i"), ("output", "-o")):
+        if name not in changes:
+            raise ValueError(f"{name} is missing: give {flag}, or a job file")
+    return make_job({**changes, "engine": engine})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the job; its exit code."""
+    from shoal.driver.jobs.job import run_job
+
+    return run_job(job_config(args))

@@ -1,0 +1,149 @@
+"""The one place that writes to the ledger: answers, errors and tries, and what recovery makes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shoal.driver.jobs.accounts import Accounts, Usage
+from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.forms.base import Form, dump
+from shoal.driver.jobs.keys import KeyTable, Numbers
+from shoal.driver.jobs.state.ledger import Ledger
+from shoal.driver.jobs.work import Settled, Tries, Work
+from shoal.driver.outputs import make_output
+
+if TYPE_CHECKING:
+    from shoal.driver.detokenize import TextDecoder
+
+_SYNC_S = 0.1  # oldest an answer gets in memory
+CLEARED = "clear"
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What earlier runs left."""
+
+    done: KeyTable = field(default_factory=lambda: KeyTable(with_values=True))  # key: location << 1 | is error
+    tries: dict[bytes, Tries] = field(default_factory=dict)
+
+
+def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered:
+    """Reads the ledger; tokens are counted into `accounts`, rows only once they are met in the input."""
+    found = Recovered()
+    errors: dict[bytes, int] = {}
+    for record in ledger.records():
+        meta = record.meta
+        kind = meta["t"]
+        if kind == "engine":
+            accounts.generated[meta["session"]] = meta["generated"]
+            continue
+        if kind == CLEARED:
+            for tries in found.tries.values():
+                tries.in_company = 0
+            continue
+        key = bytes.fromhex(meta["key"])
+        if kind == "ok":
+            errors.pop(key, None)
+            found.done.add(key, record.location << 1)
+            prompt, completion, cached = meta["usage"]
+            accounts.prompt_tokens += prompt
+            accounts.committed_tokens += completion
+            accounts.cached_tokens += cached
+        elif kind == "err":
+            errors[key] = record.location << 1 | 1
+        elif kind == "try":
+            tries = found.tries.setdefault(key, Tries())
+            tries.alone += meta["alone"]
+            tries.in_company += not meta["alone"]
+    if retry_errors:
+        for key in errors:
+            found.tries.pop(key, None)
+    else:
+        for key, value in errors.items():
+            found.done.add(key, value)
+    return found
+
+
+class Committer:
+    """Writes what became of rows. For one thread."""
+
+    def __init__(self, ledger: Ledger, form: Form, accounts: Accounts, commit_rows: int) -> None:
+        self.ledger, self.where = ledger, Numbers()
+        self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
+        self._synced = time.monotonic()
+        self.decoder: TextDecoder | None = None  # known with the model
+
+    def settle(self, rows: Iterable[Settled]) -> list[int]:
+        """Rows that need no engine; the indices of those that are new."""
+        new: list[int] = []
+        for row in rows:
+            if row.fault is None:
+                self.where[row.index] = row.location >> 1
+                self._accounts.resumed += 1
+                if row.location & 1:
+                    self._accounts.failed("from an earlier run")
+                else:
+                    self._accounts.ok += 1
+            else:
+                self._error(row.index, row.row_id, row.key, row.columns, row.fault)
+                new.append(row.index)
+        return new
+
+    def answer(self, work: Work) -> None:
+        """A row whose sequences are all finished."""
+        row = work.row
+        children = [work.results[child] for child in range(work.size)]
+        output = make_output(
+            work.row_id, row.prompt, row.token_ids, row.bound.params, children, self.decoder, log_stats=False
+        )
+        if output.error is not None:
+            self.error(work, Fault("engine_refused", "engine", output.error))
+            return
+        usage = Usage(len(row.token_ids), sum(len(one.token_ids) for one in children), children[0].num_cached_tokens)
+        meta = {
+            "t": "ok",
+            "id": work.row_id,
+            "key": work.key.hex(),
+            "index": work.index,
+            "usage": [usage.prompt, usage.completion, usage.cached],
+            "finish_reason": children[0].finish_reason,
+            "attempt": 1 + work.tries.alone + work.tries.in_company,
+        }
+        self.where[work.index] = self.ledger.append(meta, dump(self._form.answer(work.row_id, work.columns, output)))
+        self._accounts.answered(usage)
+
+    def error(self, work: Work, fault: Fault) -> None:
+        """A row that will have no answer."""
+        self._error(work.index, work.row_id, work.key, work.columns, fault)
+
+    def _error(self, index: int, row_id: str, key: bytes, columns: dict[str, object] | None, fault: Fault) -> None:
+        meta = {"t": "err", "id": row_id, "key": key.hex(), "index": index, "code": fault.code, "stage": fault.stage}
+        self.where[index] = self.ledger.append(meta, dump(self._form.failure(row_id, columns, fault)))
+        self._accounts.failed(fault.code)
+
+    def tried(self, work: Work, alone: bool) -> None:
+        """An engine died with the row in it."""
+        self.ledger.append({"t": "try", "id": work.row_id, "key": work.key.hex(), "alone": alone})
+
+    def cleared(self) -> None:
+        """A guilty row was found: nothing is held against the others."""
+        self.ledger.append({"t": CLEARED})
+
+    def made(self, session: str, tokens: int) -> None:
+        """Tokens that an engine has made so far."""
+        if self._accounts.generated.get(session) != tokens:
+            self._accounts.generated[session] = tokens
+            self.ledger.append({"t": "engine", "session": session, "generated": tokens})
+
+    def sync(self, force: bool = False) -> bool:
+        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried."""
+        waiting = self.ledger.num_unsynced
+        now = time.monotonic()
+        if not force and (waiting == 0 or (waiting < self._commit_rows and now - self._synced < _SYNC_S)):
+            return False
+        self.ledger.sync(force)
+        self._synced = now
+        return True

@@ -1,0 +1,62 @@
+"""The thread that reads and prepares rows, a bounded number of chunks ahead of the loop."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from shoal.driver.jobs.events import Exhausted, NeedEngine
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from shoal.driver.jobs.prepare import ModelTools, Preparer
+
+
+class Feeder:
+    """Puts Chunks into an inbox, then Exhausted; NeedEngine before the first chunk that has work."""
+
+    def __init__(self, preparer: Preparer, tools: Future[ModelTools], inbox: SimpleQueue[Any]) -> None:
+        self._preparer, self._tools, self._inbox = preparer, tools, inbox
+        self._allowed = threading.Semaphore(0)
+        self._ahead = 0  # chunks that were allowed and have not come
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
+        self._thread.start()
+
+    def allow(self, chunks: int) -> None:
+        """Lets the thread be up to so many chunks ahead."""
+        while self._ahead < chunks:
+            self._ahead += 1
+            self._allowed.release()
+
+    def received(self) -> None:
+        """One of its chunks was taken out of the inbox."""
+        self._ahead -= 1
+
+    def stop(self) -> None:
+        """No more chunks."""
+        self._stopping = True
+        self._tools.cancel()  # it may be waiting for a model that never came
+        self._allowed.release()
+
+    def _run(self) -> None:
+        num_rows = 0
+        needed = False
+        try:
+            for settled, needy in self._preparer.scanned():
+                if needy and not needed:
+                    needed = True
+                    self._inbox.put(NeedEngine())
+                self._allowed.acquire()
+                if self._stopping:
+                    return
+                chunk = self._preparer.chunk(settled, needy)
+                num_rows += chunk.num_rows
+                self._inbox.put(chunk)
+        except Exception as error:  # the loop raises it
+            if not self._stopping:
+                self._inbox.put(Exhausted(num_rows, error))
+            return
+        self._inbox.put(Exhausted(num_rows))

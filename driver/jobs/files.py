@@ -1,0 +1,135 @@
+"""Addresses to input files: local paths, folders, globs, and whatever fsspec or pyarrow can open."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_SAMPLE = 1 << 16  # bytes of each end of a file that its identity is taken from
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file of the input."""
+
+    filesystem: Any
+    path: str  # inside the filesystem
+    name: str  # for messages and row ids: relative to the folder that was given, else the file's own name
+    size: int
+    format: str
+
+    def open(self) -> IO[bytes]:
+        """Its bytes, decompressed."""
+        ending = os.path.splitext(self.path)[1]
+        compression = COMPRESSIONS.get(ending)
+        opened: IO[bytes] = self.filesystem.open(self.path, "rb", compression=compression)
+        return opened
+
+    def identity(self) -> list[Any]:
+        """What tells this file from another version of itself, without reading it all."""
+        with self.filesystem.open(self.path, "rb") as file:
+            digest = hashlib.blake2b(file.read(_SAMPLE), digest_size=16)
+            if self.size > _SAMPLE:
+                file.seek(max(_SAMPLE, self.size - _SAMPLE))
+                digest.update(file.read())
+        return [self.name, self.size, digest.hexdigest()]
+
+
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """The filesystem of an address, and the path in it. ValueError where nothing can open the address."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(address))
+    except (ImportError, ValueError) as first:
+        try:
+            return _arrow_filesystem(address)
+        except (ImportError, ValueError, OSError) as second:
+            raise ValueError(f"{address!r} cannot be opened: fsspec says {first}; pyarrow says {second}") from None
+    return filesystem, str(path)
+
+
+def _arrow_filesystem(address: str) -> tuple[Any, str]:
+    import pyarrow.fs
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    found, path = pyarrow.fs.FileSystem.from_uri(address)
+    return ArrowFSWrapper(found), path
+
+
+def find_inputs(addresses: Sequence[str], format_: str) -> list[InputFile]:
+    """All files of the addresses, each address's in the order of their names. ValueError where there are none."""
+    files: list[InputFile] = []
+    for address in addresses:
+        found = _expand(address, format_)
+        if not found:
+            raise ValueError(f"input {address!r}: no {'such' if format_ == 'auto' else format_} files found")
+        files += found
+    seen: set[tuple[str, str]] = set()
+    for file in files:
+        key = (str(file.filesystem.protocol), file.path)
+        if key in seen:
+            raise ValueError(f"input names {file.path!r} twice")
+        seen.add(key)
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return files
+    return [InputFile(f.filesystem, f.path, f.path, f.size, f.format) for f in files]
+
+
+def _expand(address: str, format_: str) -> list[InputFile]:
+    filesystem, path = filesystem_of(address)
+    if any(sign in path for sign in "*?[") and not filesystem.exists(path):
+        base = path[: min(path.index(sign) for sign in "*?[" if sign in path)].rsplit("/", 1)[0]
+        return _described(filesystem, _visible(filesystem.glob(path), base), base, format_)
+    if filesystem.isdir(path):
+        inside = _visible(filesystem.find(path), path)
+        known = [name for name in inside if format_ != "auto" or format_of(name) is not None]
+        return _described(filesystem, known, path, format_)
+    if not filesystem.exists(path):
+        raise ValueError(f"input {address!r} does not exist")
+    return _described(filesystem, [path], os.path.dirname(path), format_)
+
+
+def _visible(paths: list[str], base: str) -> list[str]:
+    """Without what starts with _ or . below the folder that was named: state, checksums, half-written files."""
+    start = len(base.rstrip("/")) + 1
+    return sorted(p for p in paths if not any(part[:1] in "_." for part in p[start:].split("/")))
+
+
+def _described(filesystem: Any, paths: list[str], base: str, format_: str) -> list[InputFile]:
+    files = []
+    start = len(base.rstrip("/")) + 1 if base else 0
+    for path in paths:
+        info = filesystem.info(path)
+        if info["type"] != "file":
+            continue
+        kind = format_ if format_ != "auto" else format_of(path)
+        if kind is None:
+            raise ValueError(f"the format of {path!r} is not known by its ending: set input_format ({_kinds()})")
+        files.append(InputFile(filesystem, path, path[start:], int(info["size"]), kind))
+    return files
+
+
+def format_of(path: str) -> str | None:
+    """The format that a name's ending means."""
+    base, ending = os.path.splitext(path)
+    if ending in COMPRESSIONS:
+        ending = os.path.splitext(base)[1]
+    return FORMATS.get(ending)
+
+
+def _kinds() -> str:
+    return ", ".join(sorted(set(FORMATS.values())))

@@ -1,0 +1,228 @@
+"""A batch job from its start to its end: validating → in_progress → finalizing → completed, failed or cancelled."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.jobs.committer import Committer, recover
+from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.files import find_inputs
+from shoal.driver.jobs.forms.base import make_form
+from shoal.driver.jobs.identity import differences, job_identity, salt
+from shoal.driver.jobs.keys import RowKeys
+from shoal.driver.jobs.model import JobModel, MakeModel
+from shoal.driver.jobs.outcome import Exit, JobError, Status
+from shoal.driver.jobs.parts import Parts
+from shoal.driver.jobs.prepare import ModelTools, Preparer
+from shoal.driver.jobs.publish import Publisher, plan_output
+from shoal.driver.jobs.report import write_report
+from shoal.driver.jobs.runner import Hooks, Runner
+from shoal.driver.jobs.scan import Scanner, detect_form, validate
+from shoal.driver.jobs.state.folder import NO_ROOM
+from shoal.driver.jobs.state.ledger import Ledger, SupersededError
+from shoal.driver.jobs.state.open_store import open_store
+from shoal.driver.jobs.status import Display, StatusFile
+from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.log import LOGGER, set_up_logging
+
+if TYPE_CHECKING:
+    from shoal.driver.resolve import ResolvedConfig
+
+JOB_FILE = "job.json"
+_STATUS_S, _REMOTE_STATUS_S = 1.0, 15.0
+_ENGINES_END_S = 30.0
+_FULL_RETRY_S = 2.0
+
+
+def run_job(config: JobConfig, make_model: MakeModel = JobModel.find) -> Exit:
+    """Runs a job to its end; what it came to. ValueError for what is wrong with the job itself."""
+    set_up_logging()
+    with StopRequest(config.drain_s) as stop:
+        job = Job(config, make_model, stop)
+        try:
+            return job.run()
+        except SupersededError as error:
+            LOGGER.error("%s", error)
+            return Exit.SUPERSEDED
+
+
+class Job:
+    """One run of one job."""
+
+    def __init__(self, config: JobConfig, make_model: MakeModel, stop: StopRequest) -> None:
+        """Finds input, output and model, and compares them with those of an earlier run. Takes nothing over yet."""
+        self._config, self._stop = config, stop
+        self._files = find_inputs(config.input, config.input_format)
+        name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
+        self._form = make_form(name, config)
+        self._plan = plan_output(config, self._files[0].format, self._form.separate_errors)
+        self._model = make_model(config)
+        self._identity = job_identity(config, name, self._files, self._model.resolved)
+        self._keys = RowKeys(salt(self._identity))
+        self._store = open_store(
+            self._plan.filesystem,
+            self._plan.state_path,
+            local=self._plan.local,
+            rows=config.object_rows,
+            seconds=config.object_seconds,
+        )
+        self._accounts, self._samples = Accounts(), Samples()
+        self._display = Display(config, self._accounts)
+        self._runner: Runner
+
+    def run(self) -> Exit:
+        """All of it."""
+        try:
+            earlier = self._compare()
+        except JobError as error:
+            LOGGER.error("%s", error)
+            return error.code
+        self._ledger = Ledger(self._store, fresh=self._config.fresh)
+        every_s = _STATUS_S if self._plan.local else _REMOTE_STATUS_S
+        self._status = StatusFile(self._store, self._ledger.epoch, self._accounts, self._samples, every_s)
+        self._committer = Committer(self._ledger, self._form, self._accounts, self._config.commit_rows)
+        self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
+        self._parts: Parts | None = None
+        if self._plan.is_folder:
+            rewrite = self._config.fresh or self._config.accept_changes
+            self._parts = Parts(self._plan, self._publisher, self._config.rows_per_part, rewrite)
+        try:
+            return self._live(earlier)
+        except JobError as error:
+            return self._fail(error)
+        finally:
+            self._display.close()
+            self._ledger.close()
+            self._store.close()
+
+    def _live(self, earlier: dict[str, Any] | None) -> Exit:
+        self._status.enter(Status.VALIDATING)
+        rows = None if earlier is None else earlier.get("rows")
+        self._accounts.total_rows = self._validate() if rows is None else rows
+        self._store.put(JOB_FILE, json.dumps({"identity": self._identity, "rows": self._accounts.total_rows}).encode())
+        self._status.enter(Status.IN_PROGRESS)
+        self._work()
+        if self._stop.asked:
+            return self._cancel()
+        self._status.enter(Status.FINALIZING)
+        self._publish()
+        self._status.enter(Status.COMPLETED)
+        write_report(self._store, self._config, self._status.as_dict())
+        accounts = self._accounts
+        LOGGER.info("completed: %d rows answered, %d errors; %s", accounts.ok, accounts.errors, self._config.output)
+        return Exit.COMPLETED
+
+    def _compare(self) -> dict[str, Any] | None:
+        """What an earlier run left, where its rows can be kept. JobError where it was another job."""
+        found = self._store.get(JOB_FILE)
+        if found is None or self._config.fresh:
+            return None
+        earlier: dict[str, Any] = json.loads(found)
+        changes = differences(earlier["identity"], self._identity)
+        if not changes:
+            return earlier
+        listed = "".join(f"\n  {change}" for change in changes)
+        if not self._config.accept_changes:
+            raise JobError(
+                Exit.CHANGED,
+                f"{self._config.output} was begun by another job:{listed}\nfresh starts over; accept_changes keeps "
+                "rows that did not change and computes the others again; or choose another output",
+            )
+        LOGGER.warning("going on with changes; rows that they touch are computed again:%s", listed)
+        return None
+
+    def _validate(self) -> int | None:
+        """Reads the input without a model; the number of its rows, None where it has more than were looked at."""
+        config = self._config
+        result = validate(self._files, Scanner(self._form, self._keys), config.validate_rows, config.max_line_bytes)
+        if result.num_faults and config.on_invalid == "stop":
+            raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
+        if result.num_faults:
+            LOGGER.warning("%s", result)
+        return result.num_rows if result.complete else None
+
+    def _work(self) -> None:
+        config = self._config
+        recovered = recover(self._ledger, self._accounts, config.retry_errors)
+        if len(recovered.done):
+            LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
+        tools: Future[ModelTools] = Future()
+        scanner = Scanner(self._form, self._keys)
+        preparer = Preparer(config, self._form, self._files, scanner, recovered.done, recovered.tries, tools)
+        hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled, self._before_engines)
+        self._runner = Runner(
+            config, preparer, tools, self._committer, self._accounts, self._samples, self._stop, hooks
+        )  # fmt: skip
+        try:
+            self._runner.run()
+        finally:
+            self._runner.end_engines(0.0 if self._stop.due else _ENGINES_END_S)
+        self._committer.sync(force=True)
+
+    def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
+        tools, self._committer.decoder = self._model.tools(resolved)
+        return tools
+
+    def _before_engines(self) -> None:
+        from shoal.driver.engine import connect
+
+        connect(self._config.engine.address)
+        self._stop.listen()  # Ray takes SIGTERM for itself
+
+    def _settled(self, indices: list[int], new: bool) -> None:
+        if self._parts is not None:
+            self._parts.settled(indices, new)
+
+    def _tick(self) -> None:
+        if self._stop.asked and self._status.status == Status.IN_PROGRESS:
+            self._status.enter(Status.CANCELLING)
+        self._status.refresh()
+        replicas = self._runner.replicas.values()
+        self._display.tick(
+            sum(one.num_running for one in replicas),
+            sum(one.num_waiting for one in replicas),
+            max((one.kv_cache_usage for one in replicas), default=0.0),
+        )
+
+    def _publish(self) -> None:
+        """Every row of the input has its record now."""
+        num_rows = self._accounts.total_rows
+        assert num_rows is not None
+        assert self._accounts.settled == num_rows, f"{self._accounts.settled} of {num_rows} rows are accounted for"
+        while True:
+            try:
+                if self._parts is not None:
+                    self._parts.finish(num_rows)
+                else:
+                    self._publisher.publish(num_rows)
+                return
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                LOGGER.error("the output cannot be written yet: %s. Make room, and the job goes on by itself", error)
+                if self._stop.asked:
+                    raise JobError(Exit.FAILED, f"the output could not be written: {error}") from None
+                time.sleep(_FULL_RETRY_S)
+
+    def _cancel(self) -> Exit:
+        self._status.enter(Status.CANCELLED)
+        self._partial()
+        LOGGER.info("cancelled with %d rows settled; the same command resumes", self._accounts.settled)
+        return self._stop.code
+
+    def _fail(self, error: JobError) -> Exit:
+        LOGGER.error("the job failed: %s", error)
+        self._committer.sync(force=True)
+        self._status.enter(Status.FAILED, str(error))
+        self._partial()
+        return error.code
+
+    def _partial(self) -> None:
+        """What there is, beside the state; a folder output has its complete parts already."""
+        if self._parts is None and self._accounts.settled:
+            self._publisher.publish_partial(max(self._accounts.rows_read, self._accounts.total_rows or 0))
+        write_report(self._store, self._config, self._status.as_dict())

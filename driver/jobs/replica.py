@@ -1,0 +1,128 @@
+"""One engine of a job, and the thread that starts it, listens to it and ends it. Its only output are events."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+
+from shoal.driver.jobs.events import Down, News, Up
+from shoal.driver.log import LOGGER
+from shoal.driver.request import EngineRequest, FinishedRequest
+
+if TYPE_CHECKING:
+    from shoal.driver.resolve import ResolvedConfig
+
+POLL_S = 0.25  # how long one wait for results lasts
+
+
+class Collected(Protocol):
+    """Results, and how busy the engine is."""
+
+    finished: list[FinishedRequest]
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_made_tokens: int
+
+
+class EngineLike(Protocol):
+    """What a job needs of an engine. Every method raises once the engine is dead."""
+
+    resolved: ResolvedConfig
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Adds requests."""
+
+    def collect(self, timeout: float) -> Collected:
+        """Results, at latest after `timeout` seconds."""
+
+    def abort(self, numbers: list[int]) -> None:
+        """Ends requests."""
+
+    def num_made_tokens(self) -> int:
+        """Tokens it has made; of a dead engine too, where its driver still answers."""
+
+    def shutdown(self) -> None:
+        """Ends it and gives back what it holds; of a dead one, what is left."""
+
+
+StartEngine = Callable[[], EngineLike]
+
+
+class Replica:
+    """One engine's life, from its start to its end; after that, a new Replica."""
+
+    def __init__(self, number: int, start: StartEngine, inbox: SimpleQueue[Any], delay_s: float = 0.0) -> None:
+        self.number = number
+        self.session = uuid.uuid4().hex[:12]
+        self.generated = 0  # tokens it made, as it last said
+        self.received = 0  # tokens that came from it, in results
+        self.num_running = self.num_waiting = 0
+        self.kv_cache_usage = 0.0
+        self.engine: EngineLike
+        self._start, self._inbox, self._delay_s = start, inbox, delay_s
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Hands rows over. A failure comes as the replica's end, not from here."""
+        self._try(lambda: self.engine.submit(requests))
+
+    def abort(self, numbers: list[int]) -> None:
+        """Ends rows. A failure comes as the replica's end."""
+        self._try(lambda: self.engine.abort(numbers))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # the engine died; its thread tells of it
+            self._failure = self._failure or error
+            self._stop.set()
+
+    def stop(self) -> None:
+        """Asks it to end."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for its end."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        if self._stop.wait(self._delay_s):
+            self._inbox.put(Down(self, None, False))
+            return
+        try:
+            self.engine = self._start()
+        except Exception as error:  # the job decides what it means
+            self._inbox.put(Down(self, error, False))
+            return
+        self._inbox.put(Up(self))
+        failure: Exception | None = None
+        try:
+            self._listen()
+        except Exception as error:  # whatever ends the listening ends the engine
+            failure = error
+        with contextlib.suppress(ray.exceptions.RayError):  # its driver died too: what it said last counts
+            self.generated = self.engine.num_made_tokens()
+        try:
+            self.engine.shutdown()
+        except Exception as error:
+            LOGGER.warning("replica %d did not end cleanly: %s", self.number, error)
+        self._inbox.put(Down(self, failure or self._failure, True))
+
+    def _listen(self) -> None:
+        while not self._stop.is_set():
+            collected = self.engine.collect(POLL_S)
+            self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
+            self.kv_cache_usage = collected.kv_cache_usage
+            self.generated = collected.num_made_tokens
+            if collected.finished:
+                self._inbox.put(News(self, collected))

@@ -1,0 +1,356 @@
+"""The loop of a job: rows to engines, answers to the ledger. One thread decides; others put events into its inbox."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.jobs.committer import Committer
+from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.dispatch import Dispatcher
+from shoal.driver.jobs.events import Down, Exhausted, NeedEngine, News, Up
+from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.feeder import Feeder
+from shoal.driver.jobs.outcome import Exit, JobError
+from shoal.driver.jobs.replica import Replica, StartEngine
+from shoal.driver.jobs.state.store import LedgerFullError
+from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.jobs.work import Chunk, Work
+from shoal.driver.log import LOGGER
+
+if TYPE_CHECKING:
+    from shoal.driver.jobs.prepare import ModelTools, Preparer
+    from shoal.driver.request import EngineRequest
+
+TICK_S = 0.1
+_CHUNKS_AHEAD = 4
+_MOST_BOOT_FAILURES = 3  # in a row, of one replica
+_FULL_RETRY_S = 1.0
+RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
+_PERCENT_FROM = 200  # rows read before a share of errors means anything
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What the runner calls."""
+
+    start_engine: StartEngine
+    make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
+    tick: Callable[[], None]  # several times a second
+    settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
+    first_engine: Callable[[], None]  # before engines are started
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A sequence in an engine."""
+
+    work: Work
+    child: int
+    replica: int
+
+
+class Runner:
+    """Runs one job's rows to their end, or to a stop."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        preparer: Preparer,
+        tools: Future[ModelTools],
+        committer: Committer,
+        accounts: Accounts,
+        samples: Samples,
+        stop: StopRequest,
+        hooks: Hooks,
+    ) -> None:
+        self._config, self._committer, self._accounts, self._samples = config, committer, accounts, samples
+        self._stop, self._hooks = stop, hooks
+        self._inbox: SimpleQueue[Any] = SimpleQueue()
+        self._dispatcher = Dispatcher(config.solo_deaths)
+        self.replicas: dict[int, Replica] = {}
+        self._offer = tools
+        self._tools: ModelTools | None = None
+        self._feeder = Feeder(preparer, tools, self._inbox)
+        self._sent: dict[int, _Sent] = {}
+        self._next_number = 0
+        self._deaths_in_a_row = 0
+        self._boot_failures: dict[int, int] = {}
+        self._exhausted = False
+        self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory only
+        self._full_since = 0.0
+        self._drained = False
+
+    def run(self) -> None:
+        """Until all rows are settled and durable, or a stop was obeyed. JobError where it cannot go on."""
+        try:
+            while not self._ended():
+                self._take_events()
+                self._sync()
+                self._feed()
+                self._observe()
+        finally:
+            self._feeder.stop()
+            for replica in self.replicas.values():
+                replica.stop()
+
+    def end_engines(self, timeout_s: float) -> None:
+        """Waits until engines have given back what they hold, and takes their last counts."""
+        deadline = time.monotonic() + timeout_s
+        for replica in self.replicas.values():
+            replica.join(max(0.0, deadline - time.monotonic()))
+            self._committer.made(replica.session, self._made(replica))
+
+    def _ended(self) -> bool:
+        """Nothing is left to do, or a stop was asked for and obeyed; and what was done is durable."""
+        finished = self._exhausted and not self._dispatcher.num_waiting and not self._dispatcher.num_open
+        if not (finished or self._stopped()):
+            return False
+        self._sync(force=True)
+        return not self._full_since or self._stop.due
+
+    def _stopped(self) -> bool:
+        if not self._stop.asked:
+            return False
+        if not self._drained:
+            self._drained = True
+            self._begin_drain()
+        return not self._dispatcher.num_open or self._stop.due
+
+    def _begin_drain(self) -> None:
+        """Rows that cannot be running yet go back; what runs may finish."""
+        LOGGER.info("stopping: rows at work get %.0f s to finish; ask again to end now", self._stop.left_s)
+        self._feeder.stop()
+        for number, lane in self._dispatcher.lanes.items():
+            excess, unstarted = lane.num_sequences - lane.slots, []
+            for work in reversed(lane.works.values()):
+                if excess <= 0 or work.results:
+                    break
+                excess -= work.size
+                unstarted.append(work)
+            for work in unstarted:
+                self._dispatcher.done(number, work)
+            self._withdraw(number, unstarted)
+
+    # ---- events ------------------------------------------------------------------------------------------------
+
+    def _take_events(self) -> None:
+        try:
+            event = self._inbox.get(timeout=TICK_S)
+            while True:
+                self._handle(event)
+                event = self._inbox.get_nowait()
+        except Empty:
+            pass
+
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, News):
+            self._on_news(event)
+        elif isinstance(event, Chunk):
+            self._on_chunk(event)
+        elif isinstance(event, Up):
+            self._on_up(event.replica)
+        elif isinstance(event, Down):
+            self._on_down(event)
+        elif isinstance(event, NeedEngine):
+            self._hooks.first_engine()
+            for number in range(self._config.replicas):
+                self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+        else:
+            assert isinstance(event, Exhausted)
+            if event.error is not None:
+                raise event.error
+            self._exhausted = True
+            self._accounts.total_rows = event.num_rows
+
+    def _on_news(self, event: News) -> None:
+        for result in event.collected.finished:
+            sent = self._sent.pop(result.number, None)
+            if sent is None:  # of a row that was moved to another engine
+                continue
+            work = sent.work
+            work.results[sent.child] = result
+            event.replica.received += len(result.token_ids)
+            if len(work.results) == work.size:
+                self._dispatcher.done(sent.replica, work)
+                self._committer.answer(work)
+                self._unsynced.append(work.index)
+                self._deaths_in_a_row = 0
+                self._check_errors()
+
+    def _on_chunk(self, chunk: Chunk) -> None:
+        self._feeder.received()
+        self._accounts.rows_read += chunk.num_rows
+        self._unsynced += self._committer.settle(chunk.settled)
+        self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
+        for work in chunk.work:
+            self._dispatcher.add(work)
+        self._check_errors()
+
+    def _on_up(self, replica: Replica) -> None:
+        self._boot_failures.pop(replica.number, None)
+        if self._stop.asked:
+            return
+        if self._tools is None:
+            self._tools = self._hooks.make_tools(replica.engine.resolved)
+            self._offer.set_result(self._tools)
+        self._dispatcher.open_lane(replica.number, replica.engine.resolved.max_num_seqs)
+
+    def _on_down(self, event: Down) -> None:
+        replica, error = event.replica, event.error
+        self._committer.made(replica.session, self._made(replica))
+        if error is None or self._stop.due:
+            return
+        if not event.booted:
+            self._on_failed_boot(replica, error)
+            return
+        self._accounts.engine_deaths += 1
+        self._deaths_in_a_row += 1
+        verdict = self._dispatcher.died(replica.number)
+        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), _short(error))
+        self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
+        for work, alone in verdict.tried:
+            self._committer.tried(work, alone)
+        if verdict.guilty is not None:
+            self._put_aside(verdict.guilty, error)
+        self._sync(force=True)
+        if self._deaths_in_a_row > self._config.max_restarts:
+            raise JobError(
+                Exit.FAILED,
+                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
+                f"{self._config.max_restarts}); the last time: {_short(error)}",
+            )
+        if not self._stop.asked:
+            self.replicas[replica.number] = Replica(replica.number, self._hooks.start_engine, self._inbox)
+
+    def _put_aside(self, work: Work, error: BaseException) -> None:
+        tries = work.tries
+        message = (
+            f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
+            f"the last time: {_short(error)}"
+        )
+        LOGGER.warning("row %s is put aside: %s", work.row_id, message)
+        self._committer.error(work, Fault("engine_killed", "engine", message))
+        self._committer.cleared()
+        self._unsynced.append(work.index)
+        self._accounts.quarantined += 1
+        self._check_errors()
+
+    def _on_failed_boot(self, replica: Replica, error: BaseException) -> None:
+        from shoal.driver.worker_group import PlacementError
+
+        self._accounts.boot_failures += 1
+        if isinstance(error, (ValueError, TypeError)):  # the user's: trying again changes nothing
+            raise JobError(Exit.USAGE, str(error))
+        if isinstance(error, PlacementError) and self._tools is None:
+            raise JobError(Exit.FAILED, str(error))
+        failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
+        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
+        if failures < _MOST_BOOT_FAILURES:
+            start = self._hooks.start_engine
+            self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
+            return
+        del self.replicas[replica.number]
+        if not self.replicas:
+            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {_short(error)}")
+        LOGGER.warning("going on with %d of %d replicas", len(self.replicas), self._config.replicas)
+
+    def _check_errors(self) -> None:
+        accounts = self._accounts
+        if self._config.max_errors is None:
+            return
+        rows = accounts.rows_read if accounts.total_rows is None else accounts.total_rows
+        if self._config.max_errors.endswith("%") and accounts.total_rows is None and rows < _PERCENT_FROM:
+            return
+        if accounts.errors > self._config.error_limit(rows):
+            codes = ", ".join(f"{count} {code}" for code, count in accounts.error_codes.most_common(5))
+            raise JobError(
+                Exit.FAILED,
+                f"{accounts.errors} rows ended in an error, more than max_errors={self._config.max_errors} ({codes})",
+            )
+
+    # ---- giving out --------------------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        if self._stop.asked or self._full_since:
+            return
+        window = sum(lane.window for lane in self._dispatcher.lanes.values())
+        if self._dispatcher.num_fresh < 512 + window // 2:
+            self._feeder.allow(_CHUNKS_AHEAD)
+        for number in list(self._dispatcher.lanes):
+            works = self._dispatcher.take(number)
+            if works:
+                self._submit(number, works)
+        while self._exhausted and (move := self._dispatcher.rebalance()) is not None:
+            self._withdraw(move.source, move.works)
+            self._submit(move.target, move.works)
+
+    def _submit(self, number: int, works: list[Work]) -> None:
+        assert self._tools is not None
+        requests: list[EngineRequest] = []
+        for work in works:
+            work.row.first_sequence = self._next_number  # numbers are never used twice: late answers find no owner
+            self._next_number += work.size
+            made = self._tools.binder.requests(work.row, 0, work.size)
+            self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
+            requests += made
+        self.replicas[number].submit(requests)
+
+    def _withdraw(self, number: int, works: list[Work]) -> None:
+        numbers = [work.row.first_sequence + child for work in works for child in range(work.size)]
+        for one in numbers:
+            del self._sent[one]
+        if numbers:
+            self.replicas[number].abort(numbers)
+
+    # ---- the rest ----------------------------------------------------------------------------------------------
+
+    def _sync(self, force: bool = False) -> None:
+        """A full disk pauses the job: nothing is given out until there is room again."""
+        if self._full_since and not force and time.monotonic() - self._full_since < _FULL_RETRY_S:
+            return
+        try:
+            tried = self._committer.sync(force)
+        except LedgerFullError as error:
+            if not self._full_since:
+                LOGGER.error("paused, nothing is lost: %s. Make room, and the job goes on by itself", error)
+            self._full_since = time.monotonic()
+            return
+        if self._full_since and tried:
+            LOGGER.info("there is room again: the job goes on")
+            self._full_since = 0.0
+        if self._unsynced and not self._committer.ledger.num_unsynced:
+            settled, self._unsynced = self._unsynced, []
+            self._hooks.settled(settled, True)
+
+    def _observe(self) -> None:
+        self._accounts.mark()
+        running = sum(replica.num_running for replica in self.replicas.values())
+        replicas = list(self.replicas.values())
+        self._samples.add(
+            settled=self._accounts.settled,
+            committed_tokens=self._accounts.committed_tokens,
+            prompt_tokens=self._accounts.prompt_tokens,
+            cached_tokens=self._accounts.cached_tokens,
+            running=running,
+            waiting=sum(replica.num_waiting for replica in replicas),
+            slots=sum(lane.slots for lane in self._dispatcher.lanes.values()),
+            kv_cache_usage=max((replica.kv_cache_usage for replica in replicas), default=0.0),
+            deaths=self._accounts.engine_deaths,
+        )
+        self._hooks.tick()
+
+    def _made(self, replica: Replica) -> int:
+        return max(replica.generated, replica.received)
+
+
+def _short(error: BaseException) -> str:
+    """An error in one line: a rank's whole traceback is in the log already."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
+    return f"{type(error).__name__}: {text}"[:500]

@@ -1,0 +1,52 @@
+"""Parquet: read batch by batch, so that a file of any size takes little memory."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from shoal.driver.jobs.faults import RowError
+from shoal.driver.jobs.files import InputFile
+from shoal.driver.jobs.sources.registry import SourceRow
+
+_BATCH_ROWS = 256
+
+
+def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
+    """Rows of a Parquet file; values that JSON does not have (times, decimals) become text."""
+    import pyarrow.parquet
+
+    with file.open() as opened:
+        try:
+            table = pyarrow.parquet.ParquetFile(opened)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{file.name} is not a Parquet file: {error}") from None
+        number = 0
+        for batch in table.iter_batches(_BATCH_ROWS):
+            for columns in batch.to_pylist():
+                number += 1
+                yield _row(number, columns)
+
+
+def _row(number: int, columns: dict[str, Any]) -> SourceRow:
+    try:
+        raw = json.dumps(columns, default=_plain, ensure_ascii=True, separators=(",", ":")).encode()
+    except (TypeError, ValueError) as error:
+        return SourceRow(number, repr(columns).encode(), partial(_refuse, str(error)))
+    return SourceRow(number, raw, json.loads)
+
+
+def _refuse(message: str, raw: bytes) -> dict[str, Any]:
+    raise RowError("invalid_value", "read", message)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (decimal.Decimal, datetime.timedelta)):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written to the output: leave its column out")

@@ -1,0 +1,161 @@
+"""The ledger: what became of each row. One process at a time writes it; a newer one takes over and shuts it out.
+
+A record is a line: crc32, a JSON object about the record, a tab, and the row of the output as JSON (no JSON text has a
+raw tab in it). Each process that takes over claims the next epoch, reads what the epochs before it left up to the last
+whole line, and seals them at that length before it writes: what a process that was thought dead appends later is not
+part of the ledger, and that process stops when it sees the newer epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.driver.jobs.state.store import StateStore, seal_name
+
+TERMINAL = ("ok", "err")
+_OFFSET_BITS = 40
+_ERROR_MARK = b'{"t":"err"'
+_CRC_CHARS = 9  # eight digits and a space
+
+
+class SupersededError(RuntimeError):
+    """A newer process has taken the job over; this one must write nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as recovery sees it."""
+
+    meta: dict[str, Any]
+    location: int
+
+
+class Ledger:
+    """The committer's ledger. For one thread."""
+
+    def __init__(self, store: StateStore, *, fresh: bool = False) -> None:
+        """Takes over: claims the next epoch and seals those before it, at nothing where `fresh`."""
+        self._store = store
+        self.epoch = _claim_next(store)
+        sealed: dict[str, int] = {} if fresh else _seal_older(store, self.epoch)
+        seal = {"epoch": self.epoch, "parts": sealed}
+        store.put(seal_name(self.epoch), json.dumps(seal).encode())
+        there = store.names()
+        self.num_torn_bytes = sum(there[name] - size for name, size in sealed.items())
+        self._sealed = sealed
+        self._parts = list(sealed)
+        self._places = {name: number for number, name in enumerate(self._parts)}
+        if fresh:
+            store.discard([name for epoch in store.epochs() if epoch < self.epoch for name in store.parts(epoch)])
+        self._writer = store.writer(self.epoch)
+        self.num_unsynced = 0
+
+    def records(self) -> Iterator[Record]:
+        """All records of the epochs before this one."""
+        for name, size in self._sealed.items():
+            base = self._places[name] << _OFFSET_BITS
+            for offset, line in _lines(self._store, name, size):
+                meta = _meta(line)
+                if meta is not None:
+                    yield Record(meta, base | offset)
+
+    def append(self, meta: dict[str, Any], row: bytes = b"") -> int:
+        """Takes a record, which is durable after `sync`; its location. `meta` begins with its type, "t"."""
+        name, offset = self._writer.append(encode(meta, row))
+        place = self._places.get(name)
+        if place is None:
+            place = self._places[name] = len(self._parts)
+            self._parts.append(name)
+        self.num_unsynced += 1
+        return place << _OFFSET_BITS | offset
+
+    def sync(self, force: bool = True) -> None:
+        """Makes what was appended durable.
+
+        SupersededError: a newer process has the job, and what was not durable before is not part of the ledger.
+        LedgerFullError: no room; nothing is lost, and `sync` may be called again.
+        """
+        if self._writer.sync(force):
+            self.num_unsynced = 0
+            self.check_owner()
+
+    def check_owner(self) -> None:
+        """Raises SupersededError where a newer process has taken over."""
+        if self._store.is_claimed(self.epoch + 1):
+            raise SupersededError(f"a newer run has taken this job over (epoch {self.epoch + 1} after {self.epoch})")
+
+    def row(self, location: int) -> tuple[bool, bytes]:
+        """Whether the record at a location is an error, and its row. It must be durable."""
+        name = self._parts[location >> _OFFSET_BITS]
+        line = self._store.record(name, location & ((1 << _OFFSET_BITS) - 1))
+        assert check(line), f"{name} has a broken record at {location & ((1 << _OFFSET_BITS) - 1)}"
+        return line.startswith(_ERROR_MARK, _CRC_CHARS), line[line.index(b"\t") + 1 :]
+
+    def close(self) -> None:
+        """Frees the files; what was not synced is gone."""
+        self._writer.close()
+
+
+def encode(meta: dict[str, Any], row: bytes) -> bytes:
+    """The line of a record."""
+    body = json.dumps(meta, separators=(",", ":")).encode() + b"\t" + row
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def check(line: bytes) -> bool:
+    """Whether a line is whole."""
+    return len(line) > _CRC_CHARS and line[:_CRC_CHARS] == b"%08x " % zlib.crc32(memoryview(line)[_CRC_CHARS:])
+
+
+def _meta(line: bytes) -> dict[str, Any] | None:
+    if not check(line):
+        return None
+    found: dict[str, Any] = json.loads(line[_CRC_CHARS : line.index(b"\t")])
+    return found
+
+
+def _claim_next(store: StateStore) -> int:
+    epoch = max(store.epochs(), default=0) + 1
+    while True:
+        try:
+            store.claim(epoch)
+        except FileExistsError:
+            epoch += 1
+        else:
+            return epoch
+
+
+def _seal_older(store: StateStore, epoch: int) -> dict[str, int]:
+    """Part and length of all that counts of the epochs before: as sealed before, the rest up to its last whole line."""
+    there = store.names()
+    done = max((older for older in range(1, epoch) if seal_name(older) in there), default=0)
+    found = store.get(seal_name(done)) if done else None
+    sealed: dict[str, int] = {} if found is None else dict(json.loads(found)["parts"])
+    for newer in store.epochs():
+        if max(done, 1) <= newer < epoch:
+            sealed |= {name: _whole_length(store, name, size) for name, size in store.parts(newer).items()}
+    return sealed
+
+
+def _whole_length(store: StateStore, name: str, size: int) -> int:
+    """Bytes up to the end of the last whole line."""
+    length = 0
+    for offset, line in _lines(store, name, size):
+        if check(line):
+            length = offset + len(line) + 1
+    return length
+
+
+def _lines(store: StateStore, name: str, size: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each line that ends, without its end."""
+    offset, rest = 0, b""
+    for chunk in store.chunks(name, size):
+        lines = (rest + chunk).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            yield offset, line
+            offset += len(line) + 1

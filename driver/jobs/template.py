@@ -1,0 +1,55 @@
+"""Prompts from Jinja templates over a row's columns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shoal.driver.jobs.faults import RowError
+
+
+class PromptTemplate:
+    """One template. It runs sandboxed, as chat templates do: job files may come from elsewhere."""
+
+    def __init__(self, text_or_path: str) -> None:
+        """ValueError where it is neither a template nor a file with one."""
+        import jinja2
+        import jinja2.meta
+        import jinja2.sandbox
+
+        text = _read(text_or_path)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        )
+        environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
+        try:
+            tree = environment.parse(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"prompt_template, line {error.lineno}: {error.message}") from None
+        self._template = environment.from_string(tree)
+        # Names behind a default or a test may be absent; only the template can tell, so these are not asked for ahead.
+        optional = any(sign in text for sign in ("default", "is defined", "is undefined"))
+        self.columns: frozenset[str] = frozenset() if optional else frozenset(_names(tree))
+
+    def render(self, columns: dict[str, Any]) -> str:
+        """The prompt of a row. RowError for whatever the template raises: it is code."""
+        try:
+            return str(self._template.render(columns))
+        except Exception as error:
+            raise RowError("template_error", "template", f"prompt_template: {type(error).__name__}: {error}") from None
+
+
+def _names(tree: Any) -> set[str]:
+    import jinja2.meta
+
+    return set(jinja2.meta.find_undeclared_variables(tree))
+
+
+def _read(text_or_path: str) -> str:
+    if "{" in text_or_path or "\n" in text_or_path:
+        return text_or_path
+    path = os.path.expanduser(text_or_path)
+    if not os.path.isfile(path):
+        raise ValueError(f"prompt_template {text_or_path!r} is neither Jinja text (no '{{' in it) nor a file")
+    with open(path, encoding="utf-8") as file:
+        return file.read()

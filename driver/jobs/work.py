@@ -1,0 +1,57 @@
+"""A row on its way through an engine, and what waits to go there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.driver.binding import Row
+from shoal.driver.jobs.faults import Fault
+from shoal.driver.request import FinishedRequest
+
+
+@dataclass(slots=True)
+class Tries:
+    """How often an engine died with a row in it."""
+
+    in_company: int = 0
+    alone: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One row that an engine is to answer."""
+
+    index: int  # of the input row
+    row_id: str
+    key: bytes
+    columns: dict[str, Any]
+    row: Row
+    tries: Tries = field(default_factory=Tries)
+    results: dict[int, FinishedRequest] = field(default_factory=dict)  # by child
+
+    @property
+    def size(self) -> int:
+        """Sequences it takes in an engine."""
+        return self.row.bound.params.n
+
+
+@dataclass(slots=True)
+class Settled:
+    """A row that needs no engine: it is in the ledger already, or it has a fault."""
+
+    index: int
+    location: int = -1  # of its record, where it has one
+    row_id: str = ""
+    key: bytes = b""
+    columns: dict[str, Any] | None = None
+    fault: Fault | None = None
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive rows of the input, each in one of two states."""
+
+    num_rows: int
+    work: list[Work] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)

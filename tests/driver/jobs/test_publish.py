@@ -1,0 +1,135 @@
+"""Output files from a ledger."""
+
+import json
+import os
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from shoal.driver.jobs.forms.base import dump
+from shoal.driver.jobs.keys import Numbers
+from shoal.driver.jobs.publish import Publisher, plan_output
+from shoal.driver.jobs.state.ledger import Ledger, SupersededError
+from shoal.driver.jobs.state.open_store import open_store
+
+ERROR = {"code": "c", "stage": "s", "message": "m"}
+
+
+@pytest.fixture
+def published(job, tmp_path):
+    """published(output, rows, ...) -> what `Publisher` needs; rows in completion order, as (index, row, is_error)."""
+
+    def make(output, rows, *, separate=False, **fields):
+        config = job("in.jsonl", output=output, **fields)
+        plan = plan_output(config, "jsonl", separate)
+        store = open_store(plan.filesystem, plan.state_path, local=plan.local, rows=10, seconds=10)
+        ledger, where = Ledger(store), Numbers()
+        for index, row, is_error in rows:
+            where[index] = ledger.append({"t": "err" if is_error else "ok"}, dump(row))
+        ledger.sync()
+        return Publisher(plan, ledger, where, config.order), plan, store
+
+    return make
+
+
+ROWS = [(2, {"n": 2}, False), (0, {"n": 0}, False), (1, {"n": 1, "error": ERROR}, True), (4, {"n": 4}, False)]
+
+
+def read(path):
+    return [json.loads(line)["n"] for line in open(path, encoding="utf-8")]
+
+
+def test_orders_and_error_files(published, tmp_path):
+    out = str(tmp_path / "a.jsonl")
+    publisher, plan, _ = published(out, ROWS)
+    assert plan.state_path == out + ".shoal"
+    assert publisher.publish(5) == [out]
+    assert read(out) == [0, 1, 2, 4]
+    out = str(tmp_path / "b.jsonl")
+    published(out, ROWS, order="completion")[0].publish(5)
+    assert read(out) == [2, 0, 1, 4]
+    out = str(tmp_path / "c.jsonl")
+    assert published(out, ROWS, separate=True)[0].publish(5) == [out, str(tmp_path / "c.errors.jsonl")]
+    assert (read(out), read(tmp_path / "c.errors.jsonl")) == ([0, 2, 4], [1])
+    out, bad = str(tmp_path / "d.jsonl"), str(tmp_path / "deep" / "bad.jsonl")
+    published(out, ROWS, error_output=bad)[0].publish(5)
+    assert (read(out), read(bad)) == ([0, 2, 4], [1])
+
+
+def test_parts_of_a_folder(published, tmp_path):
+    publisher, plan, _ = published(f"{tmp_path}/parts/", ROWS, separate=True)
+    assert plan.state_path == f"{tmp_path}/parts/_shoal"
+    assert publisher.publish_part(0, 0, 3) == [
+        f"{tmp_path}/parts/part-00000.jsonl",
+        f"{tmp_path}/parts/_errors/part-00000.jsonl",
+    ]
+    assert read(tmp_path / "parts" / "part-00000.jsonl") == [0, 2]
+    publisher.publish_part(1, 3, 6)
+    assert read(tmp_path / "parts" / "part-00001.jsonl") == [4]
+    assert read(tmp_path / "parts" / "_errors" / "part-00001.jsonl") == []
+
+
+def test_parquet_has_one_schema(published, tmp_path):
+    out = str(tmp_path / "a.parquet")
+    rows = [
+        (0, {"n": 1, "generated_text": "x", "error": None, "params": {}, "nested": [{"a": None}]}, False),
+        (1, {"n": 2.5, "generated_text": None, "error": ERROR, "params": {"t": {}}, "late": "y"}, True),
+        (2, {"n": None, "nested": [{"a": 1, "b": "z"}], "nothing": None}, False),
+    ]
+    published(out, rows)[0].publish(3)
+    found = pq.read_table(out).to_pylist()
+    assert [row["n"] for row in found] == [1, 2.5, None]
+    assert found[1]["error"] == ERROR
+    assert found[2]["nested"] == [{"a": 1, "b": "z"}]
+    assert (found[0]["params"], found[1]["params"]) == ("{}", '{"t": {}}')
+    assert (found[0]["late"], found[1]["late"], found[0]["nothing"]) == (None, "y", None)
+    many = [(i, {"n": i, "generated_text": "x"}, False) for i in range(10_000)]
+    published(out, many)[0].publish(10_000)
+    assert pq.read_table(out, columns=["n"])["n"].to_pylist() == list(range(10_000))
+    with pytest.raises(ValueError, match="do not fit one Parquet schema"):
+        published(str(tmp_path / "b.parquet"), [(0, {"n": 1}, False), (1, {"n": "x"}, False)])[0].publish(2)
+    assert sorted(name for name in os.listdir(tmp_path) if "b.parquet" in name) == ["b.parquet.shoal"]
+    published(str(tmp_path / "empty.parquet"), [])[0].publish(0)
+    assert pq.read_table(tmp_path / "empty.parquet").num_rows == 0
+
+
+def test_an_object_store(published):
+    publisher, plan, _ = published("memory://out/a.jsonl", ROWS, separate=True)
+    publisher.publish(5)
+    files = fsspec.filesystem("memory")
+    assert [json.loads(line)["n"] for line in files.cat_file("/out/a.jsonl").splitlines()] == [0, 2, 4]
+    assert files.exists("/out/a.errors.jsonl")
+    assert not plan.local
+
+
+def test_only_the_owner_publishes(published, tmp_path):
+    out = tmp_path / "a.jsonl"
+    out.write_text("as it was")
+    publisher, _, store = published(str(out), ROWS)
+    Ledger(store)
+    with pytest.raises(SupersededError):
+        publisher.publish(5)
+    assert out.read_text() == "as it was"
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.shoal"]
+
+
+def test_partial_results_stand_beside_the_state(published, tmp_path):
+    out = str(tmp_path / "a.jsonl")
+    published(out, ROWS)[0].publish_partial(5)
+    assert read(out + ".shoal/partial.jsonl") == [0, 1, 2, 4]
+    assert not os.path.exists(out)
+
+
+def test_outputs_that_cannot_be(job, tmp_path):
+    for fields, message in (
+        ({"output": "nonsense://x/a.jsonl"}, "cannot be opened"),
+        ({"output": str(tmp_path), "output_format": "jsonl", "error_output": "x.jsonl"}, "error_output"),
+        ({"output": "a.jsonl", "error_output": "memory://x.jsonl"}, "error_output must be on the store"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_output(job("in.jsonl", **fields), "jsonl", False)
+    folder = tmp_path / "x.jsonl"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="is a folder: end it in /"):
+        plan_output(job("in.jsonl", output=str(folder)), "jsonl", False)

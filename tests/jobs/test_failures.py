@@ -1,0 +1,290 @@
+"""What dies and what must not: clauses 1, 2, 7, 8, 11, 13, 15 and 16 of the reliability contract, at small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.driver.jobs.outcome import Exit
+
+ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(60)]
+
+
+def ids(rows):
+    return [row["id"] for row in rows]
+
+
+def rank_pids(of="ray::StubWorker"):
+    """Processes of an actor class: Ray names a worker's process after its actor."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes().split(b"\0")[0].decode("utf-8", "replace")
+        except OSError:
+            continue
+        if title.startswith(of):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_rows_that_kill_are_put_aside_and_no_other(run, write_rows):
+    rows = [dict(row) for row in ROWS]
+    for i in (17, 41):
+        rows[i]["sampling_params"] = {"extra_args": {"kill": True}}
+    ran = run(write_rows(rows))
+    assert ran.code == Exit.COMPLETED
+    found = ran.rows()
+    assert ids(found) == ids(rows)
+    assert [row["id"] for row in found if row["error"]] == ["r17", "r41"]
+    assert found[17]["error"]["code"] == "engine_killed"
+    assert "died 3 times with this row alone in it, and 2 times with others" in found[17]["error"]["message"]
+    report = ran.report()
+    assert report["rows"]["quarantined"] == 2
+    assert report["engines"]["deaths"] <= 10
+
+
+def test_tries_outlive_the_job(run, start, write_rows):
+    """The job is killed after two solo deaths of the same row; the next run needs one more, not three."""
+    rows = [dict(row) for row in ROWS[:12]]
+    rows[5]["sampling_params"] = {"extra_args": {"kill": True}}
+    source = write_rows(rows)
+    ran = start(source)
+    deadline = time.monotonic() + 90
+    while sum(meta["alone"] for meta in ran.records("try")) < 2:
+        assert time.monotonic() < deadline, ran.log.read_text()
+        time.sleep(0.02)
+    ran.process.kill()
+    ran.process.wait()
+    again = run(source)
+    assert again.code == Exit.COMPLETED
+    assert [row["id"] for row in again.rows() if row["error"]] == ["r5"]
+    assert again.report()["engines"]["deaths"] <= 1
+    assert [m["id"] for m in again.records("try") if m["alone"]] == ["r5"] * 3
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_exactly_once_whatever_dies(start, write_rows, seed):
+    """Job, driver actors and ranks are killed at random; the same command is started again until it completes."""
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(500)]
+    rows[123]["sampling_params"] = {"extra_args": {"kill": True}}
+    source = write_rows(rows)
+    kills, deadline = [], time.monotonic() + 150
+    while True:
+        ran = start(source, env={"SHOAL_STUB_STEP_S": "0.02"})
+        while ran.process.poll() is None:
+            assert time.monotonic() < deadline, ran.log.read_text()[-3000:]
+            time.sleep(rng.uniform(0.3, 1.5))
+            before = len(ran.records("ok"))
+            if len(kills) < 5 and before > 80 * len(kills) + 20:
+                kind = ["ray::StubWorker", "job", "ray::StubDriver"][len(kills) % 3]
+                if kind == "job":
+                    ran.process.kill()
+                    ran.process.wait()
+                else:
+                    pids = rank_pids(kind)
+                    if not pids:
+                        continue
+                    os.kill(rng.choice(pids), signal.SIGKILL)
+                kills.append((kind, before))
+        print("kills", kills, "code", ran.process.returncode)
+        if ran.process.returncode == 0:
+            break
+        assert ran.process.returncode == -signal.SIGKILL, ran.log.read_text()[-3000:]
+    assert len(kills) >= 4
+    found = ran.rows()
+    assert ids(found) == ids(rows)
+    assert [row["id"] for row in found if row["error"]] == ["r123"]
+    done = [meta["id"] for meta in ran.records("ok")]
+    assert len(done) == len(set(done)) == 499, "no answer was committed twice"
+
+
+def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, tmp_path):
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(200)]
+    source = write_rows(rows)
+    ran = start(source)
+    ran.wait_for(100)
+    ran.process.kill()
+    ran.process.wait()
+    done = {meta["id"] for meta in ran.records("ok")}
+    again = run(source)
+    assert again.code == Exit.COMPLETED
+    assert ids(again.rows()) == ids(rows)
+    assert again.report()["rows"]["resumed"] == len(done) >= 100
+    assert len(again.records("ok")) == 200, "nothing that was committed was computed again"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_running_rows_finish(start, run, write_rows, number):
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "sampling_params": {"max_tokens": 40}} for i in range(100)]
+    source = write_rows(rows)
+    ran = start(source, drain_s=20)
+    ran.wait_for(20)
+    ran.process.send_signal(number)
+    assert ran.end() == 128 + number, ran.log.read_text()
+    status = ran.status()
+    assert status["status"] == "cancelled"
+    assert {"cancelling", "cancelled"} <= status["times"].keys()
+    done = len(ran.records("ok"))
+    assert 20 < done < 60, "rows at work were finished, no others begun"
+    assert not Path(ran.output).exists()
+    partial = ran.rows(ran.state / "partial.jsonl")
+    assert len(partial) == done
+    again = run(source)
+    assert again.code == Exit.COMPLETED
+    assert again.report()["rows"]["resumed"] == done
+    assert ids(again.rows()) == ids(rows)
+
+
+def test_a_second_stop_ends_at_once(start, write_rows):
+    rows = [{"id": f"r{i}", "prompt": "x", "sampling_params": {"max_tokens": 200}} for i in range(30)]
+    ran = start(write_rows(rows), drain_s=60, env={"SHOAL_STUB_STEP_S": "0.2"})
+    deadline = time.monotonic() + 60
+    while not any(
+        point["running"] for path in ran.state.glob("samples-*.json") for point in json.loads(path.read_text())
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ran.process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert ran.process.poll() is None
+    ran.process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert ran.end() == 143, ran.log.read_text()
+    assert time.monotonic() - started < 5
+    assert ran.status()["status"] == "cancelled"
+
+
+def test_a_job_whose_engines_always_die_fails(run, write_rows, monkeypatch):
+    rows = [{**row, "sampling_params": {"extra_args": {"kill": True}}} for row in ROWS]
+    ran = run(write_rows(rows), max_restarts=3)
+    assert ran.code == Exit.FAILED
+    assert "engines died 4 times with no row answered in between (max_restarts 3)" in ran.status()["message"]
+    assert ran.report()["engines"]["deaths"] == 4
+
+
+def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("shoal.driver.engine.Engine.start", broken)
+    monkeypatch.setattr("shoal.driver.jobs.runner.RETRY_S", 0.05)
+    ran = run(write_rows(ROWS))
+    assert ran.code == Exit.FAILED
+    assert ran.status()["message"] == "no engine could be started; the last time: RuntimeError: no such luck"
+    assert ran.report()["engines"]["boot_failures"] == 3
+
+
+def test_what_cannot_be_placed_is_refused(run, write_rows):
+    started = time.monotonic()
+    ran = run(write_rows(ROWS), engine={"tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2})
+    assert ran.code in (Exit.FAILED, Exit.USAGE)
+    assert time.monotonic() - started < 30
+    message = ran.status()["message"]
+    assert "300" in message, message
+    gpus = run(write_rows(ROWS), engine={"device": "cuda"}, fresh=True)
+    assert gpus.code == Exit.USAGE
+    assert "the Ray cluster has 0" in gpus.status()["message"]
+
+
+def test_tokens_add_up(run, write_rows, monkeypatch, tmp_path):
+    """What ranks say they made is what was committed and what was wasted; over a stop and a resumed run."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    monkeypatch.setenv("SHOAL_STUB_TOKENS", str(folder))
+    rows = [{**row, "sampling_params": {"max_tokens": 30, "extra_args": {"length": 3 + i % 20}, "ignore_eos": False}}
+            for i, row in enumerate(ROWS)]  # fmt: skip
+    ran = run(write_rows(rows))
+    assert ran.code == Exit.COMPLETED
+    tokens = ran.report()["tokens"]
+    in_rows = sum(row["num_generated_tokens"] for row in ran.rows())
+    assert tokens["committed"] == in_rows == sum(3 + i % 20 for i in range(60))
+    made = sum(int(path.read_text()) for path in folder.iterdir())
+    assert tokens["generated"] == tokens["committed"] + tokens["wasted"] == made
+    usage = [meta["usage"] for meta in ran.records("ok")]
+    assert sum(prompt for prompt, _, _ in usage) == tokens["prompt"] == sum(len(row["prompt"]) for row in rows)
+
+
+def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch):
+    """All long rows come first and go to one engine; the other takes what cannot be running there."""
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.01")
+    rows = [{**row, "sampling_params": {"max_tokens": 200 if i < 16 else 2}} for i, row in enumerate(ROWS)]
+    ran = run(write_rows(rows), replicas=2)
+    assert ran.code == Exit.COMPLETED
+    assert ids(ran.rows()) == ids(rows)
+    starts = [meta for meta in ran.records("engine") if meta["generated"] > 400]
+    assert len({meta["session"] for meta in starts}) == 2, "both made a good part of the tokens"
+
+
+def test_one_of_two_engines_dies(run, write_rows, monkeypatch):
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(300)]
+    killed = []
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while len(pids := rank_pids()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(pids[0], signal.SIGKILL)
+        killed.append(pids[0])
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    ran = run(write_rows(rows), replicas=2)
+    thread.join()
+    assert killed
+    assert ran.code == Exit.COMPLETED
+    assert ids(ran.rows()) == ids(rows)
+    assert all(row["error"] is None for row in ran.rows())
+    assert ran.report()["engines"]["deaths"] == 1
+
+
+def test_nothing_is_left_behind(run, write_rows, tmp_path):
+    import ray
+    from ray.util import placement_group_table
+
+    def leftovers():
+        groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+        shared = [name for name in os.listdir("/dev/shm") if not name.startswith("plasma")]
+        ranks, drivers = rank_pids(), rank_pids("ray::StubDriver")
+        return len(groups), len(ranks), len(drivers), sorted(shared), ray.available_resources().get("CPU")
+
+    def settled():
+        deadline = time.monotonic() + 10
+        while leftovers() != before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return leftovers()
+
+    before = (0, 0, 0, leftovers()[3], ray.cluster_resources()["CPU"])
+    assert settled() == before
+    for i in range(3):
+        ran = run(write_rows(ROWS), output=str(tmp_path / f"{i}.jsonl"), replicas=2)
+        assert ran.code == Exit.COMPLETED
+        assert settled() == before
+        files = {f"{j}.jsonl{ending}" for j in range(i + 1) for ending in ("", ".shoal")}
+        assert set(os.listdir(tmp_path)) == {"in.jsonl", *files}
+
+
+def test_a_newer_run_takes_over(start, run, write_rows):
+    """Split brain: the first job is frozen, a second completes the work, the first wakes up and must step aside."""
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(120)]
+    source = write_rows(rows)
+    first = start(source)
+    first.wait_for(30)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    second = run(source)
+    assert second.code == Exit.COMPLETED
+    expected = second.rows()
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.end() == Exit.SUPERSEDED, first.log.read_text()
+    assert second.rows() == expected
+    assert ids(expected) == ids(rows)

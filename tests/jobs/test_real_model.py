@@ -1,0 +1,83 @@
+"""Clauses 3 and 13 with a model that computes: a rank dies in the middle of a step; tokens are accounted for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import transformers
+
+from shoal.driver.jobs.config import make_job
+from shoal.driver.jobs.job import run_job
+from shoal.driver.jobs.outcome import Exit
+
+ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}, and some words"} for i in range(60)]
+FIELDS = {"dtype": "float32", "max_num_seqs": 8, "max_model_len": 128, "device": "cpu", "decode_burst": 1}
+
+
+@pytest.fixture
+def run_real(ray_cluster, tiny_checkpoint, tmp_path):
+    def call(source, name, **changes):
+        engine = {"model": tiny_checkpoint("llama"), **FIELDS, **changes.pop("engine", {})}
+        sampling = {"max_tokens": 40, "ignore_eos": True}
+        made = {"input": source, "output": str(tmp_path / name), "sampling_params": sampling, "engine": engine}
+        return run_job(make_job({**made, **changes}))
+
+    return call
+
+
+def ranks():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes().split(b"\0")[0].decode("utf-8", "replace")
+        except OSError:
+            continue
+        if title.startswith("ray::Worker"):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_path, load_job):
+    rows = [{**row, "sampling_params": {"temperature": 0.9 * (i % 2)}} for i, row in enumerate(ROWS)]
+    source = write_rows(rows)
+    two = {"engine": {"tensor_parallel_size": 2}}
+    assert run_real(source, "whole.jsonl", **two) == Exit.COMPLETED
+    whole, broken = load_job(tmp_path / "whole.jsonl"), load_job(tmp_path / "broken.jsonl")
+
+    def kill_in_the_middle():
+        broken.wait_for(15)
+        os.kill(sorted(ranks())[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_in_the_middle)
+    thread.start()
+    assert run_real(source, "broken.jsonl", **two) == Exit.COMPLETED
+    thread.join()
+    assert broken.report()["engines"]["deaths"] == 1
+    texts = [[(row["id"], row["generated_text"]) for row in job.rows()] for job in (broken, whole)]
+    assert texts[0] == texts[1]
+    tokens = broken.report()["tokens"]
+    assert tokens["generated"] == tokens["committed"] + tokens["wasted"]
+    assert tokens["wasted"] > 0, f"what the dead engine had begun: {tokens} {broken.records('engine')}"
+
+
+def test_usage_is_what_the_tokenizer_counts(run_real, write_rows, tmp_path, load_job, tiny_checkpoint):
+    ran = load_job(tmp_path / "a.jsonl")
+    stopping = threading.Timer(0, lambda: (ran.wait_for(10), os.kill(os.getpid(), signal.SIGTERM)))
+    stopping.start()
+    source = write_rows(ROWS)
+    assert run_real(source, "a.jsonl", drain_s=20) == Exit.TERMINATED
+    stopping.join()
+    before = ran.report()["tokens"]
+    assert run_real(source, "a.jsonl", token_ids=False) == Exit.COMPLETED
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_checkpoint("llama"))
+    for row in ran.rows():
+        assert row["num_input_tokens"] == len(tokenizer(row["prompt"])["input_ids"])
+        assert row["num_generated_tokens"] == 40
+    tokens = ran.report()["tokens"]
+    assert tokens["committed"] == 40 * len(ROWS) > before["committed"] > 0
+    assert tokens["prompt"] == sum(row["num_input_tokens"] for row in ran.rows())
+    assert tokens["generated"] == tokens["committed"] + tokens["wasted"] >= before["generated"]

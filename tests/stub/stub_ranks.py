@@ -1,0 +1,151 @@
+"""Ranks without a model: the real driver, scheduler and step channel, over workers that make tokens up.
+
+A row's tokens follow from its random stream and the position, so that a row that is run again comes out the same. A
+row says by `extra_args` in its sampling parameters what it does: {"length": n} ends it after n tokens, {"kill": true}
+ends the process. SHOAL_STUB_STEP_S is how long one decode step takes; SHOAL_STUB_TOKENS, a folder where each rank
+leaves the number of tokens it made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from shoal.driver import engine as engine_module
+from shoal.driver import worker_group
+from shoal.driver.actor import Driver
+from shoal.workers.actor import Worker
+from shoal.workers.plan import StepOutput
+
+EOS = 2
+FIRST_TOKEN, NUM_TOKENS = 10, 200
+
+
+def token_at(stream: int, position: int) -> int:
+    """The made-up token of a row at a position; never EOS."""
+    mixed = (stream ^ (position * 0x9E3779B97F4A7C15)) & ((1 << 64) - 1)
+    return FIRST_TOKEN + (mixed * 0xBF58476D1CE4E5B9 >> 40) % NUM_TOKENS
+
+
+class StubRunner:
+    """What a rank computes: nothing."""
+
+    def __init__(self, step_s: float, tokens_file: Path | None) -> None:
+        self._step_s, self._tokens_file = step_s, tokens_file
+        self._rows: dict[int, list] = {}  # stream, tokens made, length, stops
+        self._made = 0
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def execute(self, plan):
+        for new in plan.new_rows:
+            sampling = new.sampling
+            if sampling.extra_args.get("kill"):
+                os._exit(9)
+            length = sampling.extra_args.get("length", 1 << 30)
+            made = len(new.token_ids) - new.num_prompt_tokens
+            self._rows[new.row] = [sampling.stream, made, length, EOS in sampling.stop_ids]
+        places = np.flatnonzero(plan.samples)
+        out = np.full((len(places), plan.num_steps), -1, np.int32)
+        for i, place in enumerate(places.tolist()):
+            row = self._rows[int(plan.rows[place])]
+            stream, made, length, stops = row
+            for step in range(int(plan.row_steps[place])):
+                if stops and made + 1 >= length:
+                    out[i, step] = EOS
+                    made += 1
+                    break
+                out[i, step] = token_at(stream, made)
+                made += 1
+            row[1] = made
+        self._made += int((out >= 0).sum())
+        if self._tokens_file is not None:
+            self._tokens_file.write_text(str(self._made))
+        return StubPending(StepOutput(plan.step_id, out), time.monotonic() + self._step_s * plan.num_steps)
+
+
+class StubPending:
+    """Results that are there at a certain time."""
+
+    def __init__(self, output: StepOutput, when: float) -> None:
+        self._output, self._when = output, when
+
+    def wait(self) -> StepOutput:
+        time.sleep(max(0.0, self._when - time.monotonic()))
+        return self._output
+
+
+class StubWorker(Worker):
+    """A rank that never imports torch."""
+
+    def probe(self, device):
+        context = ray.get_runtime_context()
+        return {"pid": os.getpid(), "node_id": context.get_node_id(), "node_ip": ray.util.get_node_ip_address(),
+                "num_cpus": 1}  # fmt: skip
+
+    def setup(self, config, processors, init_method, timeout_s):
+        folder = os.environ.get("SHOAL_STUB_TOKENS")
+        tokens_file = None if folder is None or config.rank else Path(folder, f"{os.getpid()}")
+        self.runner = StubRunner(float(os.environ.get("SHOAL_STUB_STEP_S", "0.002")), tokens_file)
+        return {"load_s": 0.0, "weight_bytes": 1, "block_bytes": 1024}
+
+    def _loop(self) -> None:
+        while isinstance(job := self._jobs.get(), tuple):  # what is none is the sign to stop
+            kind, *rest = job
+            if kind is None:
+                self._step_in_order(*rest)
+            elif isinstance(kind, str):
+                frame, connection = rest
+                self._answers.put((self._execute(frame), connection))
+            else:
+                self._call(kind, *rest)
+
+
+class StubDriver(Driver):
+    """The real driver, whose ranks are stubs."""
+
+    def __init__(self, *arguments) -> None:
+        worker_group.RemoteWorker = ray.remote(
+            max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1}
+        )(StubWorker)  # fmt: skip
+        super().__init__(*arguments)
+
+    def rank_pids(self) -> list[int]:
+        return [probe["pid"] for probe in self._group.probes]
+
+
+def install() -> Any:
+    """Engines that this process starts have stub ranks from now on; what they had before."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors' processes do not know this folder
+    before = engine_module.RemoteDriver
+    engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
+    return before
+
+
+def make_model(folder: Path) -> str:
+    """A folder with what the client side needs of a model: config and tokenizer, no weights."""
+    import tokenizers
+    import transformers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    names = ["<pad>", "<bos>", "<eos>", *alphabet]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    config = transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"], vocab_size=len(names), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    config.save_pretrained(folder)
+    return str(folder)
