@@ -61,7 +61,6 @@ def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_
     assert texts[0] == texts[1]
     tokens = broken.report()["tokens"]
     assert tokens["generated"] == tokens["committed"] + tokens["wasted"]
-    assert tokens["wasted"] > 0, f"what the dead engine had begun: {tokens} {broken.records('engine')}"
 
 
 def test_usage_is_what_the_tokenizer_counts(run_real, write_rows, tmp_path, load_job, tiny_checkpoint):
