@@ -12,12 +12,12 @@ import ray
 from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 
 if TYPE_CHECKING:
     from shoal.driver.metrics import Metric
     from shoal.driver.model_config import ResolvedModel
-    from shoal.driver.request import EngineRequest
 
 # Settings of the user's environment that the ranks' processes need, wherever they run.
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
@@ -93,7 +93,7 @@ class Engine:
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
-        ask(self._driver.submit.remote(requests))
+        ask(self._driver.submit.remote(RequestBatch(requests)))
 
     def collect(self, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds."""
