@@ -15,6 +15,7 @@ import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
+from shoal.driver.forecast import KVLoad, OutputLengths, is_fixed
 from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
 from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
@@ -39,6 +40,8 @@ class Scheduler:
         self._lane = 0  # whose turn it is
         self._lane_sizes = [0] * limits.num_lanes  # running rows of each
         self._drain = False  # a preemption waits for the plans in flight
+        self._lengths = OutputLengths()
+        self._crowded = False  # the first in the queue would not fit to its end; so it stays until somebody leaves
         self._next_step = 0
 
     # ---- what comes in -----------------------------------------------------------------------------------------
@@ -152,6 +155,7 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
+        load: KVLoad | None = None
         while budget and self._free_rows and self._lane_has_room():
             request = self._head()
             if request is None:
@@ -163,7 +167,11 @@ class Scheduler:
                 count = min(count, limits.long_prefill_token_threshold)
             if count > budget and not limits.enable_chunked_prefill:
                 return
-            if not self.kv.can_admit(request, hits):
+            if self._crowded or not self.kv.can_admit(request, hits):
+                return
+            load = load or self._load()
+            if not load.admits(request.num_tokens - num_cached, self._lengths.left(request)) and self.running:
+                self._crowded = True
                 return
             heapq.heappop(self._waiting)
             self._admit(draft, request, hits, num_cached)
@@ -177,6 +185,16 @@ class Scheduler:
         """Lanes stay even, so that every pipeline stage finds rows whose tokens are not still being sampled."""
         return self._lane_sizes[self._lane] < -(-len(self._requests) // self.limits.num_lanes)
 
+    def _load(self) -> KVLoad:
+        """What the running requests hold and will; blocks that several share count once."""
+        pool, size = self.kv.pool, self.limits.block_size
+        load = KVLoad(pool.num_blocks * size, size)
+        shared = pool.num_used / max(1, sum(len(request.block_table) for request in self.running))
+        for request in self.running:
+            tokens = request.num_tokens + request.num_inflight_tokens
+            load.add(tokens * min(1.0, shared), 0 if request.finished else self._lengths.left(request))
+        return load
+
     def _burst_length(self) -> int:
         """Steps to grant: more than one only while every row decodes and nobody can be let in."""
         most = self.limits.decode_burst
@@ -185,7 +203,7 @@ class Scheduler:
             return 1
         head = self._head()
         if head is not None:
-            if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
+            if self._free_rows and not self._crowded and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
         rows = [request for request, count in pending if count]
@@ -350,6 +368,8 @@ class Scheduler:
             return
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
+        if request.finish_reason in ("stop", "length") and not is_fixed(request):
+            self._lengths.add(request.num_output_tokens)
         request.status = RequestStatus.FINISHED
         del self._requests[request.source.number]
         finished.append(request)
@@ -358,6 +378,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self._crowded = False
         self.kv.release(request)
         self._free_rows.append(request.row)
         self._lane_sizes[request.lane] -= 1

@@ -195,8 +195,10 @@ class ModelRunner:
         batch = self.state.forward_batch(rows, counts)
         if not self.stage.first:
             batch.hidden = self._receive(len(batch.input_ids))
-        hidden = self.model(batch, self.kv_cache)
         picks = np.flatnonzero(plan.samples[active])
+        if self.stage.last and not self._prompt_logprobs and len(picks) < len(batch.input_ids):
+            batch.sampling_rows = to_device(picks, self.device)
+        hidden = self.model(batch, self.kv_cache)
         if not self.stage.last:
             self.state.advance(rows, counts)
             self._pass_on(hidden, rows[picks])
@@ -205,10 +207,9 @@ class ModelRunner:
             self._score_prompts(active, rows, counts, hidden, out)
         self.state.advance(rows, counts)
         if len(picks):
-            last = batch.attention.cu_seqlens_q[1:].long() - 1
-            if len(picks) != len(rows):
-                last = last[to_device(picks, self.device)]
-            logits = self.model.compute_logits(hidden[last])
+            if len(hidden) != len(picks):  # prompts are scored too
+                hidden = hidden[batch.attention.cu_seqlens_q[1:].long()[to_device(picks, self.device)] - 1]
+            logits = self.model.compute_logits(hidden)
             self._sample(rows[picks], out.sampling_index[active[picks]], logits, step, out)
 
     def _sample(self, rows: Int32, places: Int32, logits: torch.Tensor, step: int, out: PendingOutput) -> None:

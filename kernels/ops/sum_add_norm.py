@@ -1,4 +1,4 @@
-"""sum_add_norm: an all-reduce's two halves with the residual and the norm between them, for one rank's share of rows."""
+"""sum_add_norm: an all-reduce's two halves with residual and norm between them, for one rank's share of rows."""
 
 from __future__ import annotations
 
