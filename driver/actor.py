@@ -9,38 +9,30 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
-from shoal.driver.draft import Plan, SchedulerLimits
+from shoal.driver.config import EngineConfig
+from shoal.driver.draft import Plan
+from shoal.driver.gang import Gang
+from shoal.driver.healing import Restarts
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
-from shoal.driver.model_config import resolve_dtype
-from shoal.driver.request import EngineRequest, FinishedRequest, Request
-from shoal.driver.resolve import (
-    CPU_DECODE_BURST,
-    GPU_DECODE_BURST,
-    ResolvedConfig,
-    check_model_len,
-    count_blocks,
-    pick_device,
-    resolve_budgets,
-)
+from shoal.driver.request import Death, EngineRequest, FinishedRequest, Request
+from shoal.driver.resolve import ResolvedConfig
 from shoal.driver.scheduler import Scheduler
 from shoal.driver.stop_strings import StopStrings
-from shoal.driver.worker_group import StepChannel, WorkerGroup
-from shoal.workers.config import LoadConfig, WorkerConfig
+from shoal.driver.worker_group import RankDiedError
+from shoal.workers.config import LoadConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.plan import StepOutput, concat_logprobs
-
-GROUP_TIMEOUT_S = 600.0  # of a collective: a peer that is silent this long counts as dead
 
 
 class EngineDeadError(RuntimeError):
@@ -49,7 +41,7 @@ class EngineDeadError(RuntimeError):
 
 @dataclass(slots=True)
 class Collected:
-    """What `collect` gives: finished requests, the mark to acknowledge them with, and how the engine stands."""
+    """What `collect` gives: finished requests and deaths, the mark to acknowledge them with, how the engine stands."""
 
     finished: list[FinishedRequest] = field(default_factory=list)
     mark: int = 0
@@ -57,6 +49,7 @@ class Collected:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
+    deaths: list[Death] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -68,119 +61,59 @@ class _Control:
     when_idle: bool = False  # only once no request is left
 
 
+@dataclass(frozen=True, slots=True)
+class _RanksDied:
+    """What the watchdog of an epoch found."""
+
+    epoch: int
+    reason: str
+
+
 class Driver:
     """One replica. Plain class: `RemoteDriver` is the actor."""
 
     def __init__(self, config: EngineConfig, processors: list[Any], env: dict[str, str]) -> None:
-        self._config, self._env = config, env
-        self._spec: ModelSpec
-        self._load: LoadConfig
-        self._processors = processors[0]  # reference to the classes, which only the ranks unpack
-        self._has_processors = bool(processors[1])
+        self._config = config
+        self._gang = Gang(config, processors, env, lambda epoch, reason: self._inbox.put(_RanksDied(epoch, reason)))
+        self._restarts = Restarts(config.max_restarts, config.restart_backoff_s)
         self._metrics = EngineMetrics()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._controls: deque[_Control] = deque()
         self._inflight: deque[Plan] = deque()
-        self._outbox: list[FinishedRequest] = []
-        self._acknowledged = 0  # finished requests that left the outbox
+        self._outbox: list[FinishedRequest | Death] = []
+        self._acknowledged = 0  # what has left the outbox
         self._news = threading.Condition()
         self._failure: str | None = None
         self._paused = False
         self._asleep: set[str] = set()  # "weights", "kv_cache"
-        self._closing = False
-        self._group: WorkerGroup
-        self._placed = False
+        self._sleep_level = 0
+        self._closing = threading.Event()
         self._stop_strings: StopStrings
-        self._channel: StepChannel
         self._scheduler: Scheduler
-        self._resolved: ResolvedConfig
         self._thread: threading.Thread | None = None
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
     def place(self) -> None:
         """Get the ranks their places and their processes started; the model need not be known."""
-        config = self._config
-        device = pick_device(config, ray.cluster_resources())
-        self._group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
-        self._placed = True
+        self._gang.place()
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
         """Load the weights, size the cache and begin, once placed. Errors of the user's are ValueErrors."""
-        config, device = self._config, self._group.device
-        self._spec, self._load = spec, load
         self._stop_strings = StopStrings(tokenizer_json)
-        spec.check_tensor_parallel(config.tensor_parallel_size)
-        dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
-        self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
-        self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
+        resolved = self._gang.load(spec, load)
+        self._scheduler = Scheduler(self._gang.limits(), self._stop_strings.check, self._config.solo_deaths)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
 
-    def _set_up(self, device: str, dtype: str, max_model_len: int) -> ResolvedConfig:
-        config, group = self._config, self._group
-        rows, tokens = resolve_budgets(config, max_model_len, group.probes)
-        threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
-        worker = WorkerConfig(
-            self._spec,
-            self._load,
-            0,
-            group.world_size,
-            device,
-            dtype,
-            config.block_size,
-            max_model_len,
-            rows,
-            tokens,
-            config.enforce_eager,
-            threads,
-        )
-        reports = group.setup(
-            [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S
-        )
-        block_bytes = max(report["block_bytes"] for report in reports)
-        if config.kv_cache_memory_bytes is not None:
-            free = config.kv_cache_memory_bytes
-        elif device == "cpu":
-            free = cpu_kvcache_bytes()
-        else:
-            free = min(group.run("free_kv_bytes", config.gpu_memory_utilization))
-        num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
-        group.run("allocate_kv", num_blocks)
-        self._channel = group.open_channel(config.step_channel)
-        burst = config.decode_burst or (CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST)
-        steady = self._has_processors  # custom processors see every token before the next is planned
-        return ResolvedConfig(
-            self._load.model, self._spec.architecture, device, dtype, group.world_size, max_model_len, rows, tokens,
-            config.block_size, num_blocks, num_blocks * block_bytes, reports[0]["weight_bytes"],
-            max(report["load_s"] for report in reports), 1 if steady else burst,
-            config.lookahead if config.async_scheduling and not steady else 0,
-        )  # fmt: skip
-
-    def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
-        config = self._config
-        return SchedulerLimits(
-            resolved.max_model_len,
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            resolved.num_blocks,
-            resolved.block_size,
-            resolved.decode_burst,
-            config.long_prefill_token_threshold,
-            config.enable_prefix_caching,
-            config.enable_chunked_prefill,
-            config.scheduling_policy == "priority",
-        )
-
     def shutdown(self) -> None:
         """End the ranks and give their resources back; requests that run are lost."""
-        self._closing = True
+        self._closing.set()
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join(timeout=30)
-        if self._placed:
-            self._group.shutdown()
+        self._gang.shutdown()
 
     # ---- called by clients, on any thread ----------------------------------------------------------------------
 
@@ -198,13 +131,16 @@ class Driver:
             del self._outbox[: max(0, mark - self._acknowledged)]
             self._acknowledged = max(mark, self._acknowledged)
             self._news.wait_for(lambda: self._outbox or self._failure, timeout)
-            finished = list(self._outbox)
-            mark = self._acknowledged + len(finished)
-        if not finished:
+            news = list(self._outbox)
+            mark = self._acknowledged + len(news)
+        if not news:
             self._check_alive()
+        finished = [item for item in news if isinstance(item, FinishedRequest)]
+        deaths = [item for item in news if isinstance(item, Death)]
         scheduler = self._scheduler
         pool, running, waiting = scheduler.kv.pool, len(scheduler.running), scheduler.num_waiting
-        return Collected(finished, mark, running, waiting, pool.num_used / pool.num_blocks, self.num_made_tokens())
+        usage = pool.num_used / pool.num_blocks
+        return Collected(finished, mark, running, waiting, usage, self.num_made_tokens(), deaths)
 
     def num_made_tokens(self) -> int:
         """Tokens that were sampled since the start, those that were cut off again too. A dead engine still tells."""
@@ -219,14 +155,14 @@ class Driver:
             self._scheduler.abort(numbers)
             self._publish(self._scheduler.take_ended())
             with self._news:
-                kept = [f for f in self._outbox if f.number not in gone]
+                kept = [f for f in self._outbox if isinstance(f, Death) or f.number not in gone]
                 self._outbox, self._acknowledged = kept, self._acknowledged + len(self._outbox) - len(kept)
 
         self._control(action)
 
     def call_workers(self, payload: list[Any], timeout: float | None) -> list[Any]:
         """A call on every rank; `payload` holds a reference, and references come back: nothing is unpacked here."""
-        return list(self._control(lambda: self._group.run_payload(payload[0], timeout)))
+        return list(self._control(lambda: self._gang.group.run_payload(payload[0], timeout)))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forget cached prefixes. False while blocks are held, unless running requests are to start over."""
@@ -249,8 +185,8 @@ class Driver:
                 return
             self._scheduler.preempt_all()
             self._scheduler.kv.reset()
-            self._group.run("sleep", level)
-            self._asleep = {"weights", "kv_cache"}
+            self._gang.group.run("sleep", level)
+            self._asleep, self._sleep_level = {"weights", "kv_cache"}, level
 
         self._control(action, when_idle=mode == "wait")
 
@@ -261,7 +197,7 @@ class Driver:
         def action() -> None:
             back = wanted & self._asleep
             if back:
-                self._group.run("wake_up", tuple(sorted(back)))
+                self._gang.group.run("wake_up", tuple(sorted(back)))
                 self._asleep -= back
             if not self._asleep and (tags is None or "scheduling" in wanted or back):
                 self._paused = False
@@ -274,7 +210,7 @@ class Driver:
 
     def metrics(self) -> list[Metric]:
         """Counts and distributions since the start."""
-        return list(self._control(lambda: self._metrics.read(self._scheduler)))
+        return list(self._control(lambda: self._metrics.read(self._scheduler, self._restarts.total)))
 
     def _control(self, action: Callable[[], Any], when_idle: bool = False) -> Any:
         self._check_alive()
@@ -291,8 +227,13 @@ class Driver:
     def _run(self) -> None:
         set_up_logging()
         try:
-            while not self._closing:
-                self._step()
+            while not self._closing.is_set():
+                try:
+                    self._step()
+                except RankDiedError as error:
+                    self._heal(str(error))
+        except EngineDeadError as error:
+            self._fail(str(error))
         except Exception as error:  # nothing may end this thread silently: every waiting caller must hear of it
             LOGGER.error("the step loop failed:\n%s", traceback.format_exc())
             self._fail(f"{type(error).__name__}: {error}")
@@ -302,17 +243,23 @@ class Driver:
         self._take_inbox()
         scheduler = self._scheduler
         while self._may_schedule() and (plan := scheduler.schedule()) is not None:
-            self._channel.send(plan.output.step_id, plan.output.encode())
             self._inflight.append(plan)
+            self._gang.channel.send(plan.output.step_id, plan.output.encode())
         finished = scheduler.take_ended()
         if self._inflight:
-            output = StepOutput.decode(self._channel.receive())
+            output = self._receive()
             finished += scheduler.update(self._inflight.popleft(), output)
         self._publish(finished)
         self._run_controls()
 
+    def _receive(self) -> StepOutput:
+        while True:
+            output = StepOutput.decode(self._gang.channel.receive())
+            if output.step_id >= self._gang.first_step:
+                return output  # else it comes from ranks that were given up
+
     def _may_schedule(self) -> bool:
-        return len(self._inflight) <= self._resolved.lookahead and not self._paused and not self._controls_due()
+        return len(self._inflight) <= self._gang.resolved.lookahead and not self._paused and not self._controls_due()
 
     def _take_inbox(self) -> None:
         """Everything that has come in; waits when there is nothing else to do."""
@@ -322,6 +269,9 @@ class Driver:
             idle = False
             if isinstance(item, _Control):
                 self._controls.append(item)
+            elif isinstance(item, _RanksDied):
+                if item.epoch == self._gang.epoch:
+                    raise RankDiedError(item.reason)
             elif item is not None:
                 for request in item:
                     self._scheduler.add(request)
@@ -346,15 +296,71 @@ class Driver:
             self._metrics.finished(request)
             self._stop_strings.forget(request)
             results.append(_finished(request))
+            if request.finish_reason in ("stop", "length"):
+                self._restarts.progress()
+        self._tell(results)
+
+    def _tell(self, news: Sequence[FinishedRequest | Death]) -> None:
         with self._news:
-            self._outbox += results
+            self._outbox += news
             self._news.notify_all()
+
+    # ---- when ranks die ----------------------------------------------------------------------------------------
+
+    def _heal(self, reason: str) -> None:
+        """New ranks in place of dead ones; requests go on from the tokens they have. EngineDeadError in the end."""
+        began = time.monotonic()
+        reason = self._gang.verdict or reason
+        self._mourn(reason)
+        while (wait := self._restarts.next_wait()) is not None:
+            if self._closing.wait(wait):
+                return
+            try:
+                resolved = self._gang.rebuild()
+                self._sleep_again()
+            except Exception as error:  # whatever it is, the next try may do better, and there are not many
+                reason = f"making new ranks failed: {type(error).__name__}: {error}"
+                LOGGER.error("%s", reason)
+                continue
+            self._scheduler.restart(self._gang.first_step, resolved.num_blocks)
+            LOGGER.warning("new ranks (epoch %d) after %.1f s", self._gang.epoch, time.monotonic() - began)
+            return
+        raise EngineDeadError(
+            f"the ranks died {self._restarts.in_a_row + 1} times with no request finished in between (max_restarts="
+            f"{self._config.max_restarts}); the last time: {reason}"
+        )
+
+    def _mourn(self, reason: str) -> None:
+        """What the ranks had begun is lost: note whose it was, and end the request that has killed often enough."""
+        scheduler, suspects = self._scheduler, self._scheduler.suspects
+        lost = {id(r): r for plan in self._inflight for r in plan.requests if not r.finished}
+        tried = suspects.died(list(lost.values()))
+        LOGGER.error("the ranks (epoch %d) died with %d requests in them: %s", self._gang.epoch, len(tried), reason)
+        guilty = suspects.take_guilty()
+        scheduler.lose_ranks(self._inflight)
+        self._inflight.clear()
+        for request in guilty:
+            scheduler.fail(
+                request,
+                "engine_killed",
+                f"the engine died {request.num_solo_deaths} times with this row alone in it, and "
+                f"{request.num_company_deaths} times with others; the last time: {reason}",
+            )
+        numbers = [(request.source.number, alone) for request, alone in tried]
+        self._tell([Death(reason, numbers, [request.source.number for request in guilty])])
+        self._publish(scheduler.take_ended())
+
+    def _sleep_again(self) -> None:
+        if self._asleep:
+            self._gang.group.run("sleep", self._sleep_level)
+            if len(self._asleep) == 1:
+                self._gang.group.run("wake_up", tuple({"weights", "kv_cache"} - self._asleep))
 
     def _fail(self, reason: str) -> None:
         with self._news:
             self._failure = reason
             self._news.notify_all()
-        self._group.shutdown()
+        self._gang.discard()
         waiting = list(self._controls)
         while not self._inbox.empty():
             item = self._inbox.get()
@@ -374,6 +380,7 @@ def _finished(request: Request) -> FinishedRequest:
         stop_reason=request.stop_reason,
         stop_text=None if failed else request.stop_text,
         error=request.stop_text if failed else None,
+        error_code=request.error_code,
         num_cached_tokens=request.num_cached_tokens,
         logprobs=concat_logprobs(request.logprobs) if request.logprobs else None,
         prompt_logprobs=concat_logprobs(prompt_parts) if prompt_parts else None,

@@ -33,6 +33,11 @@ class Plan:
     output: SchedulerOutput
     requests: list[Request]
 
+    def forget(self) -> None:
+        """Its results will never come, nor those of other plans of its requests."""
+        for request in self.requests:
+            request.num_plans_inflight = request.num_inflight_tokens = 0
+
 
 @dataclass(slots=True)
 class SchedulerStats:

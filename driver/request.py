@@ -26,6 +26,7 @@ class EngineRequest:
     priority: int = 0  # lower runs first, under scheduling_policy="priority"
     cache_salt: str | None = None
     arrival_time: float = 0.0  # time.time() when the client made it
+    num_solo_deaths: int = 0  # times that ranks died with it alone, before this driver
 
     def row_sampling(self) -> RowSampling:
         """What the ranks' sampler needs of it."""
@@ -78,10 +79,28 @@ class FinishedRequest:
     stop_reason: int | str | None = None
     stop_text: str | None = None  # set when a stop string ended it: its text, cut as include_stop_str_in_output says
     error: str | None = None  # with finish_reason "error"
+    error_code: str | None = None  # with finish_reason "error": "engine_killed", "out_of_memory", or None
     num_cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None  # one entry a generated token
     prompt_logprobs: TokenLogprobs | None = None  # one entry for each prompt token but the first
     metrics: RequestStateStats | None = None
+
+
+@dataclass(slots=True)
+class Death:
+    """The ranks died, and what that means for the requests in their plans."""
+
+    reason: str
+    tried: list[tuple[int, bool]] = field(default_factory=list)  # request number, whether it was alone
+    guilty: list[int] = field(default_factory=list)  # ended with an error; the others are cleared by it
+
+
+class Trust(enum.IntEnum):
+    """In what company a request may run."""
+
+    FREE = 0
+    GROUP = 1
+    ALONE = 2
 
 
 class RequestStatus(enum.Enum):
@@ -111,7 +130,12 @@ class Request:
     num_granted_blocks: int = 0  # leading blocks of the table that the ranks know of
     num_hashed_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
+    trust: Trust = Trust.FREE
+    trusted_from: int = 0  # tokens at which it is past the place where the ranks died
+    num_company_deaths: int = 0
+    num_solo_deaths: int = 0
     finish_reason: str | None = None
+    error_code: str | None = None
     stop_reason: int | str | None = None
     stop_text: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
 from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
+from shoal.driver.suspects import Suspects
 from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
 # StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
@@ -25,14 +27,15 @@ StopCheck = Callable[[Request, int], bool]
 class Scheduler:
     """Queue, running rows and their blocks. One thread calls it."""
 
-    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None) -> None:
+    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None, solo_deaths: int = 3) -> None:
         self.limits = limits
+        self.suspects = Suspects(solo_deaths)
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size, limits.enable_prefix_caching)
         self.stats = SchedulerStats()
         self.running: list[Request] = []  # in order of admission
         self.num_plans_inflight = 0
         self._stop_check = stop_check
-        self._waiting: list[tuple[int, int, Request]] = []  # heap; ended requests are skipped when met
+        self._waiting: list[tuple[int, int, int, Request]] = []  # heap; ended requests are skipped when met
         self._requests: dict[int, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
@@ -53,23 +56,24 @@ class Scheduler:
             len(prompt),
             min(len(prompt) + source.params.max_tokens, limits.max_model_len),
             frozenset(source.stop_ids),
+            num_solo_deaths=source.num_solo_deaths,
             stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
         )
         capacity = limits.num_blocks * limits.block_size
         if len(prompt) > capacity:
-            request.finish_reason = "error"
+            request.finish_reason, request.status = "error", RequestStatus.FINISHED
             request.stop_text = (
                 f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
                 f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
                 "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
             )
-            request.status = RequestStatus.FINISHED
             self._ended.append(request)
             return request
         assert len(prompt) < request.max_total_tokens
         self._requests[source.number] = request
         self.stats.num_prompt_tokens += len(prompt)
         self.stats.max_unfinished = max(self.stats.max_unfinished, len(self._requests))
+        self.suspects.enter(request)
         self._push(request)
         return request
 
@@ -86,6 +90,28 @@ class Scheduler:
         assert not self.num_plans_inflight
         for request in list(self.running):
             self._preempt(request)
+
+    def lose_ranks(self, plans: Iterable[Plan]) -> None:
+        """Ranks and KV are gone, with the plans in flight. Tokens are kept; every request goes back to the queue."""
+        self.num_plans_inflight, self._drain = 0, False
+        for plan in plans:
+            plan.forget()
+        for request in list(self.running):
+            request.prompt_logprobs.clear()  # their prompt is computed again, in other chunks
+            self._finish_if_idle(request, self._ended)
+            if not request.finished:
+                self._preempt(request)
+
+    def restart(self, first_step: int, num_blocks: int) -> None:
+        """There are new ranks, with an empty cache."""
+        self._next_step = first_step
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        self.kv = self.kv.emptied(num_blocks)
+
+    def fail(self, request: Request, code: str, message: str) -> None:
+        """End a request that has no plan in flight with an error."""
+        request.finish_reason, request.error_code, request.stop_text = "error", code, message
+        self._finish_if_idle(request, self._ended)
 
     @property
     def num_unfinished(self) -> int:
@@ -113,11 +139,21 @@ class Scheduler:
         if self._drain and self.num_plans_inflight:
             return None
         self._drain = False
+        if self.suspects.solo is not None and not self._clear_for(self.suspects.solo):
+            return None
         draft = Draft()
         budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
         if not self._drain:
             self._schedule_waiting(draft, budget)
         return self._seal(draft) if draft.requests else None
+
+    def _clear_for(self, solo: Request) -> bool:
+        """Send all others back to the queue; False while plans in flight forbid it."""
+        for request in [request for request in self.running if request is not solo]:
+            if self.num_plans_inflight:
+                return False
+            self._preempt(request)
+        return True
 
     def _schedule_running(self, draft: Draft, budget: int) -> int:
         num_steps = self._burst_length()
@@ -301,6 +337,8 @@ class Scheduler:
         self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids[kept:])
         if logprobs is not None:
             request.logprobs.append(TokenLogprobs(logprobs.ids[:kept], logprobs.logprobs[:kept], logprobs.ranks[:kept]))
+        if request.trust:
+            self.suspects.grown(request)
         if not request.finished:
             self.kv.remember(request)
 
@@ -338,6 +376,7 @@ class Scheduler:
             self._leave(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.source.number]
+        self.suspects.forget(request)
         finished.append(request)
 
     # ---- small things ------------------------------------------------------------------------------------------
@@ -351,9 +390,11 @@ class Scheduler:
 
     def _push(self, request: Request) -> None:
         priority = request.source.priority if self.limits.use_priority else 0
-        heapq.heappush(self._waiting, (priority, request.source.number, request))
+        heapq.heappush(self._waiting, (-request.trust, priority, request.source.number, request))
 
     def _head(self) -> Request | None:
-        while self._waiting and self._waiting[0][2].finished:
+        """The waiting request that may be let in next."""
+        while self._waiting and self._waiting[0][-1].finished:
             heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None
+        head = self._waiting[0][-1] if self._waiting else None
+        return head if head is not None and self.suspects.may_enter(head) else None

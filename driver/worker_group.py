@@ -19,11 +19,15 @@ from typing import Any, Protocol
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from shoal.driver.log import LOGGER
 from shoal.workers.actor import ERROR, RemoteWorker
+from shoal.workers.host import kill_processes
 
 _POLL_S = 0.5  # how often a silent channel looks whether the ranks still live
+_GRACE_S = 2.0  # in which Ray ends a process that runs
+_KILL_S = 10.0  # in which the kernel ends one that was killed
 
 
 class RankDiedError(RuntimeError):
@@ -134,9 +138,7 @@ class WorkerGroup:
             if not self._group.wait(timeout_s):
                 raise PlacementError(_what_is_missing(bundle, world_size, timeout_s, self._group))
             self.ranks = [self._start(rank, bundle, env) for rank in range(world_size)]
-            self._watches = {
-                rank.watch.options(concurrency_group="watch").remote(): i for i, rank in enumerate(self.ranks)
-            }
+            self._watches = {rank.watch.remote(): i for i, rank in enumerate(self.ranks)}
             self.probes: list[dict[str, Any]] = self.run("probe", device)
         except BaseException:
             remove_placement_group(self._group)
@@ -157,15 +159,15 @@ class WorkerGroup:
 
     def setup(self, configs: Sequence[Any], processors: Any, timeout_s: float) -> list[dict[str, Any]]:
         """Join the ranks in a process group and load the weights; what each says of it."""
-        address = ray.get(self.ranks[0].run.remote("free_address"))
+        (address,) = self._gather([self.ranks[0].run.remote("free_address")])
         calls = [
             rank.run.remote("setup", config, processors, address, timeout_s)
             for rank, config in zip(self.ranks, configs, strict=True)
         ]
-        return list(ray.get(calls))
+        return self._gather(calls)
 
     def open_channel(self, kind: str) -> StepChannel:
-        """The step channel; plans may be sent after this."""
+        """The step channel; plans may be sent after this. Its secret is its own: no other epoch's ranks can call."""
         if kind == "ray":
             self._channel = RayChannel(self.ranks)
         else:
@@ -175,7 +177,7 @@ class WorkerGroup:
 
     def run(self, method: str, *args: Any) -> list[Any]:
         """The same method on every rank, between steps; results in rank order."""
-        return list(ray.get([rank.run.remote(method, *args) for rank in self.ranks]))
+        return self._gather([rank.run.remote(method, *args) for rank in self.ranks])
 
     def run_payload(self, payload: Any, timeout_s: float | None) -> list[Any]:
         """A call whose arguments this process must not unpack (they may need torch): references to the results."""
@@ -185,20 +187,76 @@ class WorkerGroup:
             raise TimeoutError(f"{len(late)} of {len(refs)} ranks did not answer within {timeout_s} s")
         return refs
 
-    def dead_ranks(self) -> list[int]:
-        """Ranks whose process is gone."""
+    def wait_for_death(self, timeout_s: float) -> str | None:
+        """Which ranks' processes are gone, in words, as soon as one is."""
+        gone, _ = ray.wait(list(self._watches), num_returns=1, timeout=timeout_s)
+        if not gone:
+            return None
         gone, _ = ray.wait(list(self._watches), num_returns=len(self._watches), timeout=0)
-        return sorted(self._watches[ref] for ref in gone)
+        return "; ".join(f"{self._name(self._watches[ref])} died: {_reason(ref)}" for ref in gone)
+
+    def kill(self) -> None:
+        """End the ranks' processes for good, stopped ones too; return when those that can be reached are gone."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        here = ray.get_runtime_context().get_node_id()
+        by_node: dict[str, list[tuple[int, int | None]]] = {}
+        for probe in getattr(self, "probes", []):
+            by_node.setdefault(probe["node_id"], []).append((probe["pid"], probe["born"]))
+        left = kill_processes(by_node.pop(here, []), _GRACE_S, _KILL_S)
+        calls = [
+            _kill_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(them)
+            for node, them in by_node.items()
+        ]
+        done, late = ray.wait(calls, num_returns=len(calls), timeout=2 * _KILL_S) if calls else ([], [])
+        for call in done:
+            try:
+                left += ray.get(call)
+            except ray.exceptions.RayError as error:  # the node is gone, and the processes with it
+                LOGGER.warning("ranks of a lost node could not be ended there: %s", str(error).splitlines()[0])
+        if left or late:
+            LOGGER.error("processes %s and those of %d node(s) may still live", left, len(late))
+
+    def discard(self) -> None:
+        """End the ranks without asking them, and give their resources back."""
+        if self._channel is not None:
+            self._channel.close()
+        self.kill()
+        remove_placement_group(self._group)
 
     def shutdown(self) -> None:
         """End the ranks and give their resources back."""
         if self._channel is not None:
             self._channel.close()
-        closing = [rank.run.remote("close") for rank in self.ranks if rank is not None]
+        closing = [rank.run.remote("close") for rank in self.ranks]
         ray.wait(closing, num_returns=len(closing), timeout=5)
-        for rank in self.ranks:
-            ray.kill(rank)
-        remove_placement_group(self._group)
+        self.discard()
+
+    def _gather(self, calls: list[Any]) -> list[Any]:
+        """Results in rank order; the first error of any rank at once, since the others may wait for that one."""
+        left = list(calls)
+        while left:
+            done, left = ray.wait(left, num_returns=1)
+            ray.get(done)
+        return list(ray.get(calls))
+
+    def _name(self, rank: int) -> str:
+        probes: list[dict[str, Any]] = getattr(self, "probes", [])
+        return f"rank {rank} (pid {probes[rank]['pid']} on {probes[rank]['node_ip']})" if probes else f"rank {rank}"
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _kill_there(processes: list[tuple[int, int | None]]) -> list[int]:
+    return kill_processes(processes, _GRACE_S, _KILL_S)
+
+
+def _reason(watch: Any) -> str:
+    """Why a call that never returns did."""
+    try:
+        ray.get(watch)
+    except ray.exceptions.RayError as error:
+        return " ".join(str(error).split())[:300]
+    return "it returned from its watch"
 
 
 def _accept(listener: Listener, calling: list[Any]) -> Connection:

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from typing import Any
 import ray
 
 from shoal.workers.config import WorkerConfig
-from shoal.workers.host import keep_freed_memory
+from shoal.workers.host import born, keep_freed_memory
+from shoal.workers.plan import EPOCH_SHIFT
 
 STOP = object()
 
@@ -61,9 +63,21 @@ class Worker:
         self._jobs.put((None, step_id, frame, future))
         return future.result()
 
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def watch(self) -> None:
         """Never returns: its caller learns of this process's death at once."""
         threading.Event().wait()
+
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
+    def alive(self) -> None:
+        """Returns as long as this process runs, whatever the loop does."""
+
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
+    def stacks(self) -> str:
+        """What every thread of this process is doing."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames().items()
+        return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
     # ---- called in the loop thread -----------------------------------------------------------------------------
 
@@ -71,8 +85,7 @@ class Worker:
         """What this rank runs on."""
         import torch
 
-        info: dict[str, Any] = {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
-        info["node_ip"] = ray.util.get_node_ip_address()
+        info = self.whereabouts()
         info["num_cpus"] = len(os.sched_getaffinity(0))
         if device == "cuda":
             self._device, self._gpu = device, self._gpu_index()
@@ -81,6 +94,12 @@ class Worker:
             capability = torch.cuda.get_device_capability()
             info |= {"gpu": torch.cuda.get_device_name(), "free": free, "total": total, "capability": capability}
         return info
+
+    def whereabouts(self) -> dict[str, Any]:
+        """This process, so that it can be told from all others and ended."""
+        context = ray.get_runtime_context()
+        info = {"pid": os.getpid(), "born": born(os.getpid()), "node_id": context.get_node_id()}
+        return info | {"node_ip": ray.util.get_node_ip_address()}
 
     def free_address(self) -> str:
         """A TCP address on this node that nobody listens on now, for the process group's rendezvous."""
@@ -158,7 +177,7 @@ class Worker:
             future.set_result(result)
 
     def _step_in_order(self, step_id: int, frame: bytes, future: Future[bytes]) -> None:
-        self._frames[step_id] = (frame, future)
+        self._frames[step_id & ((1 << EPOCH_SHIFT) - 1)] = (frame, future)
         while self._next_frame in self._frames:
             due, answer = self._frames.pop(self._next_frame)
             self._next_frame += 1
@@ -209,4 +228,5 @@ class Worker:
 
 ERROR = b"ERROR:"  # a StepOutput's frame starts with its header's length, which is never this large
 
-RemoteWorker = ray.remote(max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1})(Worker)
+ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 8, "concurrency_groups": {"watch": 4}}
+RemoteWorker = ray.remote(**ACTOR_OPTIONS)(Worker)

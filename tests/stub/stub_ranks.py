@@ -20,7 +20,7 @@ import ray
 from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
-from shoal.workers.actor import Worker
+from shoal.workers.actor import ACTOR_OPTIONS, Worker
 from shoal.workers.plan import StepOutput
 
 EOS = 2
@@ -86,9 +86,7 @@ class StubWorker(Worker):
     """A rank that never imports torch."""
 
     def probe(self, device):
-        context = ray.get_runtime_context()
-        return {"pid": os.getpid(), "node_id": context.get_node_id(), "node_ip": ray.util.get_node_ip_address(),
-                "num_cpus": 1}  # fmt: skip
+        return self.whereabouts() | {"num_cpus": 1}
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
@@ -112,13 +110,11 @@ class StubDriver(Driver):
     """The real driver, whose ranks are stubs."""
 
     def __init__(self, *arguments) -> None:
-        worker_group.RemoteWorker = ray.remote(
-            max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1}
-        )(StubWorker)  # fmt: skip
+        worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
         super().__init__(*arguments)
 
     def rank_pids(self) -> list[int]:
-        return [probe["pid"] for probe in self._group.probes]
+        return [probe["pid"] for probe in self._gang.group.probes]
 
 
 def install() -> Any:
