@@ -25,14 +25,22 @@ from shoal.driver.gang import Gang
 from shoal.driver.healing import Restarts
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
-from shoal.driver.request import Death, EngineRequest, FinishedRequest, Request
+from shoal.driver.request import (
+    Death,
+    EngineRequest,
+    FinishedRequest,
+    Request,
+    finished_request,
+    pack_results,
+    unpack_results,
+)
 from shoal.driver.resolve import ResolvedConfig
 from shoal.driver.scheduler import Scheduler
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import RankDiedError
 from shoal.workers.config import LoadConfig
 from shoal.workers.models.spec import ModelSpec
-from shoal.workers.plan import StepOutput, concat_logprobs
+from shoal.workers.plan import StepOutput
 
 
 class EngineDeadError(RuntimeError):
@@ -50,6 +58,14 @@ class Collected:
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
     deaths: list[Death] = field(default_factory=list)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        counts = (self.mark, self.num_running, self.num_waiting, self.kv_cache_usage, self.num_made_tokens)
+        return _unpack_collected, (pack_results(self.finished), *counts, self.deaths)
+
+
+def _unpack_collected(rows: list[tuple[Any, ...]], *counts: Any) -> Collected:
+    return Collected(unpack_results(rows), *counts)
 
 
 @dataclass(slots=True)
@@ -236,7 +252,9 @@ class Driver:
             self._fail(str(error))
         except Exception as error:  # nothing may end this thread silently: every waiting caller must hear of it
             LOGGER.error("the step loop failed:\n%s", traceback.format_exc())
-            self._fail(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            self._tell([Death(reason)])
+            self._fail(reason)
 
     def _step(self) -> None:
         """Schedule → execute → update. Ranks execute while the next plans are made and older results are taken."""
@@ -295,7 +313,7 @@ class Driver:
         for request in requests:
             self._metrics.finished(request)
             self._stop_strings.forget(request)
-            results.append(_finished(request))
+            results.append(finished_request(request))
             if request.finish_reason in ("stop", "length"):
                 self._restarts.progress()
         self._tell(results)
@@ -367,25 +385,6 @@ class Driver:
             waiting += [item] if isinstance(item, _Control) else []
         for control in waiting:
             control.future.set_exception(EngineDeadError(f"the engine is dead: {reason}"))
-
-
-def _finished(request: Request) -> FinishedRequest:
-    """What the client gets of a request."""
-    failed = request.finish_reason == "error"
-    prompt_parts = [request.prompt_logprobs[start] for start in sorted(request.prompt_logprobs)]
-    return FinishedRequest(
-        number=request.source.number,
-        token_ids=request.token_ids[request.num_prompt_tokens :],
-        finish_reason=request.finish_reason or "error",
-        stop_reason=request.stop_reason,
-        stop_text=None if failed else request.stop_text,
-        error=request.stop_text if failed else None,
-        error_code=request.error_code,
-        num_cached_tokens=request.num_cached_tokens,
-        logprobs=concat_logprobs(request.logprobs) if request.logprobs else None,
-        prompt_logprobs=concat_logprobs(prompt_parts) if prompt_parts else None,
-        metrics=request.stats,
-    )
 
 
 RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(Driver)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 
 from shoal.driver.log import LOGGER
-from shoal.driver.request import EngineRequest, FinishedRequest
+from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
@@ -29,6 +29,7 @@ class Collected(Protocol):
     num_waiting: int
     kv_cache_usage: float
     num_made_tokens: int
+    deaths: list[Death]
 
 
 class EngineLike(Protocol):
@@ -148,5 +149,5 @@ class Replica:
             self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
             self.kv_cache_usage = collected.kv_cache_usage
             self.generated = collected.num_made_tokens
-            if collected.finished:
+            if collected.finished or collected.deaths:
                 self._inbox.put(News(self, collected))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from shoal.driver.actor import EngineDeadError
 from shoal.driver.dispatch import Dispatcher
 from shoal.driver.jobs.accounts import Accounts, Samples
 from shoal.driver.jobs.committer import Committer
@@ -25,7 +26,7 @@ from shoal.driver.replica import Down, News, Replica, StartEngine, Up
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.prepare import ModelTools, Preparer
-    from shoal.driver.request import EngineRequest
+    from shoal.driver.request import Death, EngineRequest
 
 TICK_S = 0.1
 _CHUNKS_AHEAD = 4
@@ -169,6 +170,8 @@ class Runner:
             self._accounts.total_rows = event.num_rows
 
     def _on_news(self, event: News) -> None:
+        for death in event.collected.deaths:
+            self._on_death(event.replica, death)
         for result in event.collected.finished:
             sent = self._sent.pop(result.number, None)
             if sent is None:  # of a row that was moved to another engine
@@ -180,8 +183,33 @@ class Runner:
                 self._dispatcher.done(sent.replica, work)
                 self._committer.answer(work)
                 self._unsynced.append(work.index)
-                self._deaths_in_a_row = 0
+                if any(one.error_code == "engine_killed" for one in work.results.values()):
+                    self._committer.cleared()
+                    self._accounts.quarantined += 1
+                else:
+                    self._deaths_in_a_row = 0
                 self._check_errors()
+
+    def _on_death(self, replica: Replica, death: Death) -> None:
+        """Ranks died. Their engine deals with it, or gives up; what it found out is made to outlive it."""
+        LOGGER.warning("replica %d: its ranks died with %d rows in them", replica.number, len(death.tried))
+        for number, alone in death.tried:
+            sent = self._sent.get(number)
+            if sent is not None:
+                sent.work.tries.add(alone, of_ranks=True)
+                self._committer.tried(sent.work, alone, of_ranks=True)
+        self._sync(force=True)
+        self._count_death(death.reason)
+
+    def _count_death(self, reason: str) -> None:
+        self._accounts.engine_deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self._config.max_restarts:
+            raise JobError(
+                Exit.FAILED,
+                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
+                f"{self._config.max_restarts}); the last time: {_short(reason)}",
+            )
 
     def _on_chunk(self, chunk: Chunk) -> None:
         self._feeder.received()
@@ -209,22 +237,16 @@ class Runner:
         if not event.booted:
             self._on_failed_boot(replica, error)
             return
-        self._accounts.engine_deaths += 1
-        self._deaths_in_a_row += 1
         verdict = self._dispatcher.died(replica.number)
-        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), _short(error))
+        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), short(error))
         self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
         for work, alone in verdict.tried:
             self._committer.tried(work, alone)
         if verdict.guilty is not None:
             self._put_aside(verdict.guilty, error)
         self._sync(force=True)
-        if self._deaths_in_a_row > self._config.max_restarts:
-            raise JobError(
-                Exit.FAILED,
-                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
-                f"{self._config.max_restarts}); the last time: {_short(error)}",
-            )
+        if not isinstance(error, EngineDeadError):  # else it has told of the death already
+            self._count_death(short(error))
         if not self._stop.asked:
             self.replicas[replica.number] = Replica(replica.number, self._hooks.start_engine, self._inbox)
 
@@ -232,7 +254,7 @@ class Runner:
         tries = work.tries
         message = (
             f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {_short(error)}"
+            f"the last time: {short(error)}"
         )
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
         self._committer.error(work, Fault("engine_killed", "engine", message))
@@ -250,14 +272,14 @@ class Runner:
         if isinstance(error, PlacementError) and self._tools is None:
             raise JobError(Exit.FAILED, str(error))
         failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
-        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
+        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, short(error))
         if failures < _MOST_BOOT_FAILURES:
             start = self._hooks.start_engine
             self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
             return
         del self.replicas[replica.number]
         if not self.replicas:
-            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {_short(error)}")
+            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {short(error)}")
         LOGGER.warning("going on with %d of %d replicas", len(self.replicas), self._config.replicas)
 
     def _check_errors(self) -> None:
@@ -298,6 +320,8 @@ class Runner:
             self._next_number += work.size
             made = self._tools.binder.requests(work.row, 0, work.size)
             self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
+            for request in made:
+                request.num_solo_deaths = work.tries.ranks_alone
             requests += made
         self.replicas[number].submit(requests)
 
@@ -349,8 +373,11 @@ class Runner:
         return max(replica.generated, replica.received)
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     """An error in one line: a rank's whole traceback is in the log already."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
-    return f"{type(error).__name__}: {text}"[:500]
+    return f"{type(error).__name__}: {_short(str(error))}"
+
+
+def _short(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return (f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else ""))[:500]
