@@ -38,6 +38,7 @@ from shoal.driver.resolve import ResolvedConfig
 from shoal.driver.scheduler import Scheduler
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import RankDiedError
+from shoal.workers.actor import whereabouts
 from shoal.workers.config import LoadConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.plan import StepOutput
@@ -91,7 +92,7 @@ class Driver:
     def __init__(self, config: EngineConfig, processors: list[Any], env: dict[str, str]) -> None:
         self._config = config
         self._gang = Gang(config, processors, env, lambda epoch, reason: self._inbox.put(_RanksDied(epoch, reason)))
-        self._restarts = Restarts(config.max_restarts, config.restart_backoff_s)
+        self._restarts = Restarts(config.max_rank_restarts, config.restart_backoff_s)
         self._metrics = EngineMetrics()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._controls: deque[_Control] = deque()
@@ -110,15 +111,16 @@ class Driver:
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
-    def place(self) -> None:
-        """Get the ranks their places and their processes started; the model need not be known."""
+    def place(self) -> dict[str, Any]:
+        """Get the ranks their places and their processes started, with no model yet. Says where this process is."""
         self._gang.place()
+        return whereabouts()
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
         """Load the weights, size the cache and begin, once placed. Errors of the user's are ValueErrors."""
         self._stop_strings = StopStrings(tokenizer_json)
         resolved = self._gang.load(spec, load)
-        self._scheduler = Scheduler(self._gang.limits(), self._stop_strings.check, self._config.solo_deaths)
+        self._scheduler = Scheduler(self._gang.limits(), self._stop_strings.check, self._config.max_solo_deaths)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
@@ -343,10 +345,7 @@ class Driver:
             self._scheduler.restart(self._gang.first_step, resolved.num_blocks)
             LOGGER.warning("new ranks (epoch %d) after %.1f s", self._gang.epoch, time.monotonic() - began)
             return
-        raise EngineDeadError(
-            f"the ranks died {self._restarts.in_a_row + 1} times with no request finished in between (max_restarts="
-            f"{self._config.max_restarts}); the last time: {reason}"
-        )
+        raise EngineDeadError(self._restarts.refusal("the ranks", reason))
 
     def _mourn(self, reason: str) -> None:
         """What the ranks had begun is lost: note whose it was, and end the request that has killed often enough."""

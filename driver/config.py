@@ -150,11 +150,12 @@ class EngineConfig(BaseModel):
     step_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds after which a step that does not end counts as the ranks' death (four times that for the first steps of
     new ranks, which compile)."""
-    max_restarts: int = Field(default=10, ge=0)
-    """Times in a row, with no request finished in between, that dead ranks are made anew; then the engine is dead."""
+    max_rank_restarts: int = Field(default=10, ge=0)
+    """Times in a row, with no request finished in between, that dead ranks, or a dead driver, are made anew; then the
+    engine is dead."""
     restart_backoff_s: float = Field(default=0.5, ge=0)
     """Wait before the second restart in a row; doubled each time, up to 30 seconds."""
-    solo_deaths: int = Field(default=3, ge=1)
+    max_solo_deaths: int = Field(default=3, ge=1)
     """Times the ranks must die with a request alone in them before that request ends with an error."""
 
     disable_log_stats: bool = False

@@ -25,6 +25,17 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
     use_priority: bool = False
 
+    def refusal(self, num_tokens: int) -> str | None:
+        """Why a prompt of so many tokens can never run, if that is so."""
+        capacity = self.num_blocks * self.block_size
+        if num_tokens <= capacity:
+            return None
+        return (
+            f"The prompt ({num_tokens} tokens) cannot fit the KV cache of {capacity} tokens ({self.num_blocks} blocks "
+            f"of {self.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
+            "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
+        )
+
 
 @dataclass(slots=True)
 class Plan:

@@ -21,6 +21,13 @@ class Restarts:
         self.total += 1
         return 0.0 if self.in_a_row == 1 else min(LONGEST_WAIT_S, self._backoff_s * 2.0 ** (self.in_a_row - 2))
 
+    def refusal(self, what: str, reason: str) -> str:
+        """Why there is no further try."""
+        return (
+            f"{what} died {self.in_a_row + 1} times with no request finished in between "
+            f"(max_rank_restarts={self._limit}); the last time: {reason}"
+        )
+
     def progress(self) -> None:
         """A request got its answer."""
         self.in_a_row = 0

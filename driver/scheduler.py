@@ -59,14 +59,9 @@ class Scheduler:
             num_solo_deaths=source.num_solo_deaths,
             stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
         )
-        capacity = limits.num_blocks * limits.block_size
-        if len(prompt) > capacity:
+        request.stop_text = limits.refusal(len(prompt))
+        if request.stop_text is not None:
             request.finish_reason, request.status = "error", RequestStatus.FINISHED
-            request.stop_text = (
-                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
-                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
-                "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
-            )
             self._ended.append(request)
             return request
         assert len(prompt) < request.max_total_tokens
@@ -101,6 +96,9 @@ class Scheduler:
             self._finish_if_idle(request, self._ended)
             if not request.finished:
                 self._preempt(request)
+        self._waiting.clear()  # trust has changed, and the order with it
+        for request in self._requests.values():
+            self._push(request)
 
     def restart(self, first_step: int, num_blocks: int) -> None:
         """There are new ranks, with an empty cache."""
@@ -389,7 +387,7 @@ class Scheduler:
         request.num_granted_blocks = 0
 
     def _push(self, request: Request) -> None:
-        priority = request.source.priority if self.limits.use_priority else 0
+        priority = request.source.priority if self.limits.use_priority and not request.trust else 0
         heapq.heappush(self._waiting, (-request.trust, priority, request.source.number, request))
 
     def _head(self) -> Request | None:

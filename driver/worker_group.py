@@ -199,23 +199,7 @@ class WorkerGroup:
         """End the ranks' processes for good, stopped ones too; return when those that can be reached are gone."""
         for rank in self.ranks:
             ray.kill(rank)
-        here = ray.get_runtime_context().get_node_id()
-        by_node: dict[str, list[tuple[int, int | None]]] = {}
-        for probe in getattr(self, "probes", []):
-            by_node.setdefault(probe["node_id"], []).append((probe["pid"], probe["born"]))
-        left = kill_processes(by_node.pop(here, []), _GRACE_S, _KILL_S)
-        calls = [
-            _kill_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(them)
-            for node, them in by_node.items()
-        ]
-        done, late = ray.wait(calls, num_returns=len(calls), timeout=2 * _KILL_S) if calls else ([], [])
-        for call in done:
-            try:
-                left += ray.get(call)
-            except ray.exceptions.RayError as error:  # the node is gone, and the processes with it
-                LOGGER.warning("ranks of a lost node could not be ended there: %s", str(error).splitlines()[0])
-        if left or late:
-            LOGGER.error("processes %s and those of %d node(s) may still live", left, len(late))
+        end_processes(getattr(self, "probes", []))
 
     def discard(self) -> None:
         """End the ranks without asking them, and give their resources back."""
@@ -243,6 +227,33 @@ class WorkerGroup:
     def _name(self, rank: int) -> str:
         probes: list[dict[str, Any]] = getattr(self, "probes", [])
         return f"rank {rank} (pid {probes[rank]['pid']} on {probes[rank]['node_ip']})" if probes else f"rank {rank}"
+
+
+def end_actor(actor: Any, process: dict[str, Any]) -> None:
+    """End an actor for good, one whose process is stopped too."""
+    ray.kill(actor)
+    end_processes([process])
+
+
+def end_processes(processes: Sequence[dict[str, Any]]) -> None:
+    """See that processes (as `whereabouts` told of them) end, on whatever node, and wait for it."""
+    here = ray.get_runtime_context().get_node_id()
+    by_node: dict[str, list[tuple[int, int | None]]] = {}
+    for one in processes:
+        by_node.setdefault(one["node_id"], []).append((one["pid"], one["born"]))
+    left = kill_processes(by_node.pop(here, []), _GRACE_S, _KILL_S)
+    calls = [
+        _kill_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(them)
+        for node, them in by_node.items()
+    ]
+    done, late = ray.wait(calls, num_returns=len(calls), timeout=2 * _KILL_S) if calls else ([], [])
+    for call in done:
+        try:
+            left += ray.get(call)
+        except ray.exceptions.RayError as error:  # the node is gone, and the processes with it
+            LOGGER.warning("processes of a lost node could not be ended there: %s", str(error).splitlines()[0])
+    if left or late:
+        LOGGER.error("processes %s and those of %d node(s) may still live", left, len(late))
 
 
 @ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]

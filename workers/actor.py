@@ -27,6 +27,12 @@ from shoal.workers.plan import EPOCH_SHIFT
 STOP = object()
 
 
+def whereabouts() -> dict[str, Any]:
+    """This process, so that it can be told from all others, and ended."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"pid": os.getpid(), "born": born(os.getpid()), "node_id": node, "node_ip": ray.util.get_node_ip_address()}
+
+
 class Worker:
     """One rank. Methods are called by the driver; `run` is the door to everything the loop thread does."""
 
@@ -85,7 +91,7 @@ class Worker:
         """What this rank runs on."""
         import torch
 
-        info = self.whereabouts()
+        info = whereabouts()
         info["num_cpus"] = len(os.sched_getaffinity(0))
         if device == "cuda":
             self._device, self._gpu = device, self._gpu_index()
@@ -94,12 +100,6 @@ class Worker:
             capability = torch.cuda.get_device_capability()
             info |= {"gpu": torch.cuda.get_device_name(), "free": free, "total": total, "capability": capability}
         return info
-
-    def whereabouts(self) -> dict[str, Any]:
-        """This process, so that it can be told from all others and ended."""
-        context = ray.get_runtime_context()
-        info = {"pid": os.getpid(), "born": born(os.getpid()), "node_id": context.get_node_id()}
-        return info | {"node_ip": ray.util.get_node_ip_address()}
 
     def free_address(self) -> str:
         """A TCP address on this node that nobody listens on now, for the process group's rendezvous."""

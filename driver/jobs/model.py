@@ -40,7 +40,8 @@ class JobModel:
         def start() -> EngineLike:
             from shoal.driver.engine import Engine
 
-            return Engine.start(self.config.engine, lambda: (self.resolved, self.tokenizer, self.tokenizer_json))
+            config = self.config.engine.model_copy(update={"max_solo_deaths": self.config.solo_deaths})
+            return Engine.start(config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), False)
 
         return start
 

@@ -20,7 +20,7 @@ import ray
 from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
-from shoal.workers.actor import ACTOR_OPTIONS, Worker
+from shoal.workers.actor import ACTOR_OPTIONS, Worker, whereabouts
 from shoal.workers.plan import StepOutput
 
 EOS = 2
@@ -86,7 +86,7 @@ class StubWorker(Worker):
     """A rank that never imports torch."""
 
     def probe(self, device):
-        return self.whereabouts() | {"num_cpus": 1}
+        return whereabouts() | {"num_cpus": 1}
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
