@@ -28,6 +28,7 @@ from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
 from shoal.driver.jobs.status import Display, StatusFile
 from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.local_files import read_template
 from shoal.driver.log import LOGGER, set_up_logging
 
 if TYPE_CHECKING:
@@ -157,7 +158,10 @@ class Job:
         connect(config.engine.address)
         self._stop.listen()  # Ray takes SIGTERM for itself
         model = self._model.portable()
-        plain = config.model_copy(update={"engine": model.config})
+        template = config.prompt_template
+        if template is not None:
+            template = read_template("prompt_template", template, config.engine.allowed_local_path)
+        plain = config.model_copy(update={"engine": model.config, "prompt_template": template})
         recipe = Recipe(plain, self._form_name, self._files, salt(self._identity), model, recovered.done.keys_only())
         names = [file.name for file in self._files]
         intake = Intake(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.binding import Binder
+from shoal.driver.chat import load_chat_template
 from shoal.driver.client import Client
 from shoal.driver.config import EngineConfig
 from shoal.driver.inputs import InputProcessor
@@ -58,8 +59,12 @@ class RowModel:
         return start
 
     def portable(self) -> RowModel:
-        """The same for processes that only prepare rows: without what needs the user's own code to be unpacked."""
-        plain = self.config.model_copy(update={"hf_overrides": None, "logits_processors": []})
+        """The same for processes elsewhere that only prepare rows: templates as text, nothing secret, no code."""
+        config, template = self.config, self.config.chat_template
+        if self.tokenizer is not None:
+            template = load_chat_template(template, self.tokenizer, config.allowed_local_path)
+        changes: dict[str, Any] = {"chat_template": template, "hf_overrides": None, "logits_processors": [], "hf_token": None}
+        plain = config.model_copy(update={**changes, "allowed_local_path": None})
         return RowModel(plain, replace(self.resolved, hf_config=None), self.tokenizer, self.tokenizer_json)
 
     def tools(self, max_model_len: int | None = None) -> ModelTools:
