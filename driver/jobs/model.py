@@ -63,9 +63,9 @@ class RowModel:
         config, template = self.config, self.config.chat_template
         if self.tokenizer is not None:
             template = load_chat_template(template, self.tokenizer, config.allowed_local_path)
-        changes: dict[str, Any] = {"chat_template": template, "hf_overrides": None, "logits_processors": [], "hf_token": None}
-        plain = config.model_copy(update={**changes, "allowed_local_path": None})
-        return RowModel(plain, replace(self.resolved, hf_config=None), self.tokenizer, self.tokenizer_json)
+        changes: dict[str, Any] = {"chat_template": template, "hf_overrides": None, "logits_processors": []}
+        plain = config.model_copy(update={**changes, "hf_token": None, "allowed_local_path": None})
+        return replace(self, config=plain, resolved=replace(self.resolved, hf_config=None))
 
     def tools(self, max_model_len: int | None = None) -> ModelTools:
         """Tools for rows of up to `max_model_len` tokens; None: what the model allows, before an engine says less."""
