@@ -17,7 +17,9 @@ from shoal.driver.resolve import (
     check_model_len,
     count_blocks,
     pick_device,
+    plans_in_flight,
     resolve_budgets,
+    scarcest,
 )
 from shoal.driver.watchdog import Watchdog
 from shoal.driver.worker_group import StepChannel, WorkerGroup
@@ -66,7 +68,8 @@ class Gang:
         config = self._config
         device = pick_device(config, ray.cluster_resources())
         self.epoch += 1
-        self.group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
+        sizes = config.tensor_parallel_size, config.pipeline_parallel_size
+        self.group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env)
         self.placed = True
 
     def load(self, spec: ModelSpec, load: LoadConfig) -> ResolvedConfig:
@@ -74,6 +77,7 @@ class Gang:
         config = self._config
         self._spec, self._load = spec, load
         spec.check_tensor_parallel(config.tensor_parallel_size)
+        spec.check_pipeline_parallel(config.pipeline_parallel_size)
         dtype = resolve_dtype(config.dtype, spec, self.group.device, load.load_format == "gguf")
         self.resolved = self._set_up(dtype, check_model_len(config, spec), None)
         return self.resolved
@@ -116,6 +120,7 @@ class Gang:
             config.enable_prefix_caching,
             config.enable_chunked_prefill,
             config.scheduling_policy == "priority",
+            resolved.pipeline_parallel_size,
         )
 
     def _set_up(self, dtype: str, max_model_len: int, most_blocks: int | None) -> ResolvedConfig:
@@ -135,19 +140,18 @@ class Gang:
             tokens,
             config.enforce_eager,
             threads,
+            group.num_stages,
         )
         # Longer than the watchdog waits for any step: it is to speak first, with the stacks of all ranks.
         group_timeout_s = max(600.0, 2 * FIRST_STEPS_FACTOR * config.step_timeout_s)
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, group_timeout_s
         )
-        block_bytes = max(report["block_bytes"] for report in reports)
-        if config.kv_cache_memory_bytes is not None:
-            free = config.kv_cache_memory_bytes
-        elif device == "cpu":
-            free = cpu_kvcache_bytes()
+        if config.kv_cache_memory_bytes is not None or device == "cpu":
+            frees = [config.kv_cache_memory_bytes or cpu_kvcache_bytes()] * group.world_size
         else:
-            free = min(group.run("free_kv_bytes", config.gpu_memory_utilization))
+            frees = group.run("free_kv_bytes", config.gpu_memory_utilization)
+        free, block_bytes = scarcest(frees, [report["block_bytes"] for report in reports])
         num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
         num_blocks = min(num_blocks, most_blocks or num_blocks)
         group.run("allocate_kv", num_blocks)
@@ -155,11 +159,12 @@ class Gang:
             group, self.epoch, config.step_timeout_s, FIRST_STEPS_FACTOR * config.step_timeout_s, self._on_death
         )
         self.channel = self._watchdog.channel(group.open_channel(config.step_channel))
-        burst = config.decode_burst or (CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST)
+        burst = CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST
+        burst = config.decode_burst or (burst if group.num_stages == 1 else 1)
         steady = self._has_processors  # custom processors see every token before the next is planned
         return ResolvedConfig(
-            self._load.model, self._spec.architecture, device, dtype, group.world_size, max_model_len, rows, tokens,
+            self._load.model, self._spec.architecture, device, dtype, group.stage_size, max_model_len, rows, tokens,
             config.block_size, num_blocks, num_blocks * block_bytes, reports[0]["weight_bytes"],
             max(report["load_s"] for report in reports), 1 if steady else burst,
-            config.lookahead if config.async_scheduling and not steady else 0,
+            plans_in_flight(config, steady), group.num_stages,
         )  # fmt: skip

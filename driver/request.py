@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,7 @@ class Request:
     num_plans_inflight: int = 0
     num_cached_tokens: int = 0  # prefix hit when first admitted
     row: int = -1  # place in the workers' batch while RUNNING
+    lane: int = 0  # which of the scheduler's lanes it runs in while RUNNING
     block_table: list[int] = field(default_factory=list)
     num_granted_blocks: int = 0  # leading blocks of the table that the ranks know of
     num_hashed_blocks: int = 0
@@ -195,6 +197,22 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position of the first predicted token
     stats: RequestStateStats = field(default_factory=RequestStateStats)
+
+    @classmethod
+    def begin(cls, source: EngineRequest, max_model_len: int) -> Request:
+        """A request as it comes in."""
+        prompt, max_tokens = source.prompt_token_ids, source.params.max_tokens
+        assert prompt
+        assert max_tokens is not None
+        return cls(
+            source,
+            list(prompt),
+            len(prompt),
+            min(len(prompt) + max_tokens, max_model_len),
+            frozenset(source.stop_ids),
+            num_solo_deaths=source.num_solo_deaths,
+            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,6 @@ that plans in flight will sample count as `num_inflight_tokens`, and nothing a p
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,8 +15,9 @@ import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
-from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
+from shoal.driver.request import EngineRequest, Request, RequestStatus
 from shoal.driver.suspects import Suspects
+from shoal.driver.waiting import WaitingQueue
 from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
 # StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
@@ -35,10 +35,12 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.num_plans_inflight = 0
         self._stop_check = stop_check
-        self._waiting: list[tuple[int, int, int, Request]] = []  # heap; ended requests are skipped when met
+        self._waiting = WaitingQueue(limits.use_priority, self.suspects)
         self._requests: dict[int, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
+        self._lane = 0  # whose turn it is
+        self._lane_sizes = [0] * limits.num_lanes  # running rows of each
         self._drain = False  # a preemption waits for the plans in flight
         self._next_step = 0
 
@@ -48,17 +50,7 @@ class Scheduler:
         """Queue a request. One whose prompt can never fit the cache ends at once, with finish_reason "error"."""
         limits = self.limits
         prompt = source.prompt_token_ids
-        assert prompt
-        assert source.params.max_tokens is not None
-        request = Request(
-            source,
-            list(prompt),
-            len(prompt),
-            min(len(prompt) + source.params.max_tokens, limits.max_model_len),
-            frozenset(source.stop_ids),
-            num_solo_deaths=source.num_solo_deaths,
-            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
-        )
+        request = Request.begin(source, limits.max_model_len)
         request.stop_text = limits.refusal(len(prompt))
         if request.stop_text is not None:
             request.finish_reason, request.status = "error", RequestStatus.FINISHED
@@ -69,7 +61,7 @@ class Scheduler:
         self.stats.num_prompt_tokens += len(prompt)
         self.stats.max_unfinished = max(self.stats.max_unfinished, len(self._requests))
         self.suspects.enter(request)
-        self._push(request)
+        self._waiting.push(request)
         return request
 
     def abort(self, numbers: Iterable[int]) -> None:
@@ -96,9 +88,7 @@ class Scheduler:
             self._finish_if_idle(request, self._ended)
             if not request.finished:
                 self._preempt(request)
-        self._waiting.clear()  # trust has changed, and the order with it
-        for request in self._requests.values():
-            self._push(request)
+        self._waiting.sort_again(self._requests.values())  # trust has changed, and the order with it
 
     def restart(self, first_step: int, num_blocks: int) -> None:
         """There are new ranks, with an empty cache."""
@@ -139,11 +129,17 @@ class Scheduler:
         self._drain = False
         if self.suspects.solo is not None and not self._clear_for(self.suspects.solo):
             return None
-        draft = Draft()
-        budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
-        if not self._drain:
-            self._schedule_waiting(draft, budget)
-        return self._seal(draft) if draft.requests else None
+        for _ in self._lane_sizes:
+            draft = Draft()
+            budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
+            if not self._drain:
+                self._schedule_waiting(draft, budget)
+            self._lane = (self._lane + 1) % self.limits.num_lanes
+            if draft.requests:
+                return self._seal(draft)
+            if self._drain:
+                break
+        return None
 
     def _clear_for(self, solo: Request) -> bool:
         """Send all others back to the queue; False while plans in flight forbid it."""
@@ -159,8 +155,8 @@ class Scheduler:
         for request in list(self.running):
             if budget == 0:
                 break
-            if request.status is not RequestStatus.RUNNING or request.finished:
-                continue  # preempted above, or ended and waiting for its plans
+            if request.status is not RequestStatus.RUNNING or request.finished or request.lane != self._lane:
+                continue  # preempted above, or ended and waiting for its plans; or of a lane whose turn it is not
             count = min(self._pending(request), budget)
             if count == 0:
                 continue
@@ -178,8 +174,8 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
-        while budget and self._free_rows:
-            request = self._head()
+        while budget and self._free_rows and self._lane_has_room():
+            request = self._waiting.head()
             if request is None:
                 return
             hits = self.kv.find_prefix(request)
@@ -191,7 +187,7 @@ class Scheduler:
                 return
             if not self.kv.can_admit(request, hits):
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self._admit(draft, request, hits, num_cached)
             count = min(count, budget)
             allocated = self.kv.allocate(request, num_cached + count)
@@ -199,13 +195,17 @@ class Scheduler:
             self._put(draft, request, count, 1)
             budget -= count
 
+    def _lane_has_room(self) -> bool:
+        """Lanes stay even, so that every pipeline stage finds rows whose tokens are not still being sampled."""
+        return self._lane_sizes[self._lane] < -(-len(self._requests) // self.limits.num_lanes)
+
     def _burst_length(self) -> int:
         """Steps to grant: more than one only while every row decodes and nobody can be let in."""
         most = self.limits.decode_burst
         pending = [(request, self._pending(request)) for request in self.running]
         if most == 1 or any(count > 1 for _, count in pending):
             return 1
-        head = self._head()
+        head = self._waiting.head()
         if head is not None:
             if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
@@ -254,11 +254,13 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.stats.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._push(request)
+        self._waiting.push(request)
 
     def _admit(self, draft: Draft, request: Request, hits: list[int], num_cached: int) -> None:
         self.kv.admit(request, hits)
         request.row = self._free_rows.pop()
+        request.lane = self._lane
+        self._lane_sizes[self._lane] += 1
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached
         if not request.stats.scheduled_ts:
@@ -383,16 +385,6 @@ class Scheduler:
         self.running.remove(request)
         self.kv.release(request)
         self._free_rows.append(request.row)
+        self._lane_sizes[request.lane] -= 1
         request.row = -1
         request.num_granted_blocks = 0
-
-    def _push(self, request: Request) -> None:
-        priority = request.source.priority if self.limits.use_priority and not request.trust else 0
-        heapq.heappush(self._waiting, (-request.trust, priority, request.source.number, request))
-
-    def _head(self) -> Request | None:
-        """The waiting request that may be let in next."""
-        while self._waiting and self._waiting[0][-1].finished:
-            heapq.heappop(self._waiting)
-        head = self._waiting[0][-1] if self._waiting else None
-        return head if head is not None and self.suspects.may_enter(head) else None

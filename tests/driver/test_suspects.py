@@ -143,7 +143,7 @@ def test_a_lost_machine_is_held_against_nobody(traces):
     run = Run(traces, limits, requests, deaths={9}, lookahead=0)
     for _ in range(10):
         run.step()
-    suspects = [r for _, _, _, r in run.scheduler._waiting if r.trust is Trust.GROUP]
+    suspects = [r for _, _, _, r in run.scheduler._waiting._heap if r.trust is Trust.GROUP]
     assert suspects
     run.to_the_end()
     assert run.num_deaths == 1
