@@ -109,7 +109,10 @@ class Engine:
         processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
         # The hub's token goes to the ranks in LoadConfig, and nowhere else.
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
-        driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(plain, processors, env)
+        driver = RemoteDriver.options(
+            runtime_env={"env_vars": env} if env else None,
+            scheduling_strategy="DEFAULT",  # else a placement group of the caller's would take it in, and end with it
+        ).remote(plain, processors, env)
         try:
             placing = driver.place.remote()
             model, _, tokenizer_json = self._get_model()

@@ -65,11 +65,11 @@ class Gang:
 
     def place(self) -> None:
         """Get the ranks their places and their processes started; the model need not be known."""
-        config = self._config
-        device = pick_device(config, ray.cluster_resources())
+        self._place(pick_device(self._config, ray.cluster_resources()))
+
+    def _place(self, device: str) -> None:
         self.epoch += 1
-        sizes = config.tensor_parallel_size, config.pipeline_parallel_size
-        self.group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env)
+        self.group = WorkerGroup(self._config, device, self._env)
         self.placed = True
 
     def load(self, spec: ModelSpec, load: LoadConfig) -> ResolvedConfig:
@@ -84,9 +84,9 @@ class Gang:
 
     def rebuild(self) -> ResolvedConfig:
         """Discard what is left of the ranks and make new ones, with the same numbers."""
-        self.discard()
-        self.place()
         old = self.resolved
+        self.discard()
+        self._place(old.device)
         self.resolved = self._set_up(old.dtype, old.max_model_len, old.num_blocks)
         return self.resolved
 

@@ -8,9 +8,7 @@ that never involve pickle. `RayChannel` sends the same frames as plain actor cal
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -18,10 +16,12 @@ from multiprocessing.connection import Connection, Listener, wait
 from typing import Any, Protocol
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from shoal.driver.config import EngineConfig
 from shoal.driver.log import LOGGER
+from shoal.driver.placement import reserve
 from shoal.workers.actor import ERROR, RemoteWorker
 from shoal.workers.host import kill_processes
 
@@ -32,10 +32,6 @@ _KILL_S = 10.0  # in which the kernel ends one that was killed
 
 class RankDiedError(RuntimeError):
     """A rank's process is gone, or it failed in a step; the gang cannot go on."""
-
-
-class PlacementError(RuntimeError):
-    """The cluster cannot place the ranks."""
 
 
 class StepChannel(Protocol):
@@ -130,36 +126,36 @@ class RayChannel:
 class WorkerGroup:
     """Placement group and rank actors of one replica. Created by the driver actor, which owns them.
 
-    One bundle is one pipeline stage, so its tensor-parallel ranks are on one node; stages may be on several, packed as
-    far as they fit. Rank r belongs to stage r // stage_size and is started in that stage's bundle: which node a bundle
-    got never changes the order of ranks.
+    One bundle is one pipeline stage, so its tensor-parallel ranks are on one node (with tensor_parallel_across_nodes
+    one bundle is one rank); bundles may be on several, packed as far as they fit. Rank r belongs to stage
+    r // stage_size and has its place in that order: which node a bundle got never changes the order of ranks.
     """
 
-    def __init__(self, sizes: tuple[int, int], device: str, timeout_s: float, env: dict[str, str]) -> None:
-        """`sizes`: ranks of a stage (tensor_parallel_size), and stages (pipeline_parallel_size)."""
+    def __init__(self, config: EngineConfig, device: str, env: dict[str, str]) -> None:
         rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
-        self.stage_size, self.num_stages = sizes
+        self.stage_size, self.num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
         self.world_size = self.stage_size * self.num_stages
         self.device = device
-        stage_needs = {name: need * self.stage_size for name, need in rank_needs.items()}
-        self._group = placement_group([stage_needs] * self.num_stages, strategy="PACK")
+        self._bundle_size = 1 if config.tensor_parallel_across_nodes else self.stage_size
+        bundle = {name: need * self._bundle_size for name, need in rank_needs.items()}
+        self._channel: StepChannel | None = None
+        self._group = reserve(
+            bundle, self.world_size // self._bundle_size, config.placement_timeout_s, config.wait_for_nodes
+        )
         try:
-            if not self._group.wait(timeout_s):
-                raise PlacementError(_what_is_missing(rank_needs, sizes, timeout_s, self._group))
             self.ranks = [self._start(rank, rank_needs, env) for rank in range(self.world_size)]
             self._watches = {rank.watch.remote(): i for i, rank in enumerate(self.ranks)}
             self.probes: list[dict[str, Any]] = self.run("probe", device)
         except BaseException:
             remove_placement_group(self._group)
             raise
-        self._channel: StepChannel | None = None
 
     def _start(self, rank: int, needs: dict[str, float], env: dict[str, str]) -> Any:
-        stage = rank // self.stage_size
+        bundle = rank // self._bundle_size
         options: dict[str, Any] = {
             "num_cpus": needs["CPU"],
             "num_gpus": needs.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=stage),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         }
         if self.device == "cuda" and self.world_size > 1:  # ranks that share memory must see all GPUs of their host
             env = env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -310,21 +306,3 @@ def _raise_error(frame: bytes) -> None:
     if frame.startswith(ERROR):
         report = json.loads(frame[len(ERROR) :])
         raise RankDiedError(f"rank {report['rank']} failed in a step:\n{report['traceback']}")
-
-
-def _what_is_missing(needs: dict[str, float], sizes: tuple[int, int], timeout_s: float, group: Any) -> str:
-    """Why the ranks have no place, with the numbers."""
-    stage_size, num_stages = sizes
-    world_size = stage_size * num_stages
-    total, free = ray.cluster_resources(), ray.available_resources()
-    lines = [
-        f"{name}: {world_size * need:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}"
-        for name, need in needs.items()
-    ]
-    state = placement_group_table(group).get("state", "unknown")
-    return (
-        f"the Ray cluster could not place {world_size} rank(s) of {needs}, {stage_size} on one node, "
-        f"within {timeout_s:g} s "
-        f"(placement group {state}; {'; '.join(lines)}; driver on {socket.gethostname()}, pid {os.getpid()}). "
-        "Free resources, lower tensor_parallel_size or pipeline_parallel_size, or raise placement_timeout_s."
-    )

@@ -263,7 +263,7 @@ class Runner:
         self._check_errors()
 
     def _on_failed_boot(self, replica: Replica, error: BaseException) -> None:
-        from shoal.driver.worker_group import PlacementError
+        from shoal.driver.placement import PlacementError
 
         self._accounts.boot_failures += 1
         if isinstance(error, (ValueError, TypeError)):  # the user's: trying again changes nothing

@@ -206,6 +206,7 @@ def alive(pid: int) -> bool:
 def test_start_up_errors_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
     from ray.util.placement_group import placement_group_table
 
+    from shoal.driver.config import make_config
     from shoal.driver.worker_group import WorkerGroup
 
     folder = tiny_checkpoint("llama")
@@ -216,5 +217,5 @@ def test_start_up_errors_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
     with pytest.raises(ValueError, match=r"layers \(3\) must be at least the pipeline parallel size \(4\)"):
         LLM(folder, dtype="float32", pipeline_parallel_size=4)
     with pytest.raises(RuntimeError, match="could not place"):
-        WorkerGroup((300, 1), "cpu", 1.0, {})
+        WorkerGroup(make_config(model=folder, tensor_parallel_size=300, placement_timeout_s=1.0), "cpu", {})
     assert not [g for g in placement_group_table().values() if g["state"] == "PENDING"]

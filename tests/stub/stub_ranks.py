@@ -50,6 +50,8 @@ class StubRunner:
             sampling = new.sampling
             if sampling.extra_args.get("kill"):
                 os._exit(9)
+            if sampling.extra_args.get("hang"):
+                time.sleep(3600)
             length = sampling.extra_args.get("length", 1 << 30)
             made = len(new.token_ids) - new.num_prompt_tokens
             self._rows[new.row] = [sampling.stream, made, length, EOS in sampling.stop_ids]
@@ -112,10 +114,17 @@ class StubDriver(Driver):
 
     def __init__(self, *arguments) -> None:
         worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
+        if os.environ.get("SHOAL_STUB_SPARE_RANKS"):  # those that are given up live on, as if they could not be reached
+            worker_group.WorkerGroup.kill = worker_group.WorkerGroup.discard = spare
         super().__init__(*arguments)
 
     def rank_pids(self) -> list[int]:
         return [probe["pid"] for probe in self._gang.group.probes]
+
+
+def spare(group) -> None:
+    if group._channel is not None:
+        group._channel.close()
 
 
 def install() -> Any:
