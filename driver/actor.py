@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import ray
 from shoal.driver.config import EngineConfig
 from shoal.driver.draft import Plan
 from shoal.driver.gang import Gang
-from shoal.driver.healing import Restarts
+from shoal.driver.healing import EngineDeadError, Healer
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.request import (
@@ -42,10 +41,6 @@ from shoal.workers.actor import whereabouts
 from shoal.workers.config import LoadConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.plan import StepOutput
-
-
-class EngineDeadError(RuntimeError):
-    """The engine met an error it cannot go on from; make a new one."""
 
 
 @dataclass(slots=True)
@@ -92,7 +87,6 @@ class Driver:
     def __init__(self, config: EngineConfig, processors: list[Any], env: dict[str, str]) -> None:
         self._config = config
         self._gang = Gang(config, processors, env, lambda epoch, reason: self._inbox.put(_RanksDied(epoch, reason)))
-        self._restarts = Restarts(config.max_rank_restarts, config.restart_backoff_s)
         self._metrics = EngineMetrics()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._controls: deque[_Control] = deque()
@@ -102,11 +96,10 @@ class Driver:
         self._news = threading.Condition()
         self._failure: str | None = None
         self._paused = False
-        self._asleep: set[str] = set()  # "weights", "kv_cache"
-        self._sleep_level = 0
         self._closing = threading.Event()
         self._stop_strings: StopStrings
         self._scheduler: Scheduler
+        self._healer: Healer
         self._thread: threading.Thread | None = None
 
     # ---- start and stop ----------------------------------------------------------------------------------------
@@ -121,6 +114,7 @@ class Driver:
         self._stop_strings = StopStrings(tokenizer_json)
         resolved = self._gang.load(spec, load)
         self._scheduler = Scheduler(self._gang.limits(), self._stop_strings.check, self._config.max_solo_deaths)
+        self._healer = Healer(self._config, self._gang, self._scheduler, self._inflight, self._tell, self._closing)
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
@@ -138,7 +132,7 @@ class Driver:
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
         self._check_alive()
-        if self._asleep:
+        if self._gang.asleep:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         self._inbox.put(requests)
 
@@ -203,8 +197,7 @@ class Driver:
                 return
             self._scheduler.preempt_all()
             self._scheduler.kv.reset()
-            self._gang.group.run("sleep", level)
-            self._asleep, self._sleep_level = {"weights", "kv_cache"}, level
+            self._gang.sleep(level)
 
         self._control(action, when_idle=mode == "wait")
 
@@ -213,11 +206,9 @@ class Driver:
         wanted = {"weights", "kv_cache", "scheduling"} if tags is None else set(tags)
 
         def action() -> None:
-            back = wanted & self._asleep
-            if back:
-                self._gang.group.run("wake_up", tuple(sorted(back)))
-                self._asleep -= back
-            if not self._asleep and (tags is None or "scheduling" in wanted or back):
+            back = wanted & self._gang.asleep
+            self._gang.wake_up(back)
+            if not self._gang.asleep and (tags is None or "scheduling" in wanted or back):
                 self._paused = False
 
         self._control(action)
@@ -228,7 +219,7 @@ class Driver:
 
     def metrics(self) -> list[Metric]:
         """Counts and distributions since the start."""
-        return list(self._control(lambda: self._metrics.read(self._scheduler, self._restarts.total)))
+        return list(self._control(lambda: self._metrics.read(self._scheduler, self._healer.restarts.total)))
 
     def _control(self, action: Callable[[], Any], when_idle: bool = False) -> Any:
         self._check_alive()
@@ -249,7 +240,8 @@ class Driver:
                 try:
                     self._step()
                 except RankDiedError as error:
-                    self._heal(str(error))
+                    self._healer.heal(error)
+                    self._publish(self._scheduler.take_ended())
         except EngineDeadError as error:
             self._fail(str(error))
         except Exception as error:  # nothing may end this thread silently: every waiting caller must hear of it
@@ -269,6 +261,7 @@ class Driver:
         if self._inflight:
             output = self._receive()
             finished += scheduler.update(self._inflight.popleft(), output)
+            self._healer.good_step()
         self._publish(finished)
         self._run_controls()
 
@@ -317,61 +310,13 @@ class Driver:
             self._stop_strings.forget(request)
             results.append(finished_request(request))
             if request.finish_reason in ("stop", "length"):
-                self._restarts.progress()
+                self._healer.restarts.progress()
         self._tell(results)
 
     def _tell(self, news: Sequence[FinishedRequest | Death]) -> None:
         with self._news:
             self._outbox += news
             self._news.notify_all()
-
-    # ---- when ranks die ----------------------------------------------------------------------------------------
-
-    def _heal(self, reason: str) -> None:
-        """New ranks in place of dead ones; requests go on from the tokens they have. EngineDeadError in the end."""
-        began = time.monotonic()
-        reason = self._gang.verdict or reason
-        self._mourn(reason)
-        while (wait := self._restarts.next_wait()) is not None:
-            if self._closing.wait(wait):
-                return
-            try:
-                resolved = self._gang.rebuild()
-                self._sleep_again()
-            except Exception as error:  # whatever it is, the next try may do better, and there are not many
-                reason = f"making new ranks failed: {type(error).__name__}: {error}"
-                LOGGER.error("%s", reason)
-                continue
-            self._scheduler.restart(self._gang.first_step, resolved.num_blocks)
-            LOGGER.warning("new ranks (epoch %d) after %.1f s", self._gang.epoch, time.monotonic() - began)
-            return
-        raise EngineDeadError(self._restarts.refusal("the ranks", reason))
-
-    def _mourn(self, reason: str) -> None:
-        """What the ranks had begun is lost: note whose it was, and end the request that has killed often enough."""
-        scheduler, suspects = self._scheduler, self._scheduler.suspects
-        lost = {id(r): r for plan in self._inflight for r in plan.requests if not r.finished}
-        tried = suspects.died(list(lost.values()))
-        LOGGER.error("the ranks (epoch %d) died with %d requests in them: %s", self._gang.epoch, len(tried), reason)
-        guilty = suspects.take_guilty()
-        scheduler.lose_ranks(self._inflight)
-        self._inflight.clear()
-        for request in guilty:
-            scheduler.fail(
-                request,
-                "engine_killed",
-                f"the engine died {request.num_solo_deaths} times with this row alone in it, and "
-                f"{request.num_company_deaths} times with others; the last time: {reason}",
-            )
-        numbers = [(request.source.number, alone) for request, alone in tried]
-        self._tell([Death(reason, numbers, [request.source.number for request in guilty])])
-        self._publish(scheduler.take_ended())
-
-    def _sleep_again(self) -> None:
-        if self._asleep:
-            self._gang.group.run("sleep", self._sleep_level)
-            if len(self._asleep) == 1:
-                self._gang.group.run("wake_up", tuple({"weights", "kv_cache"} - self._asleep))
 
     def _fail(self, reason: str) -> None:
         with self._news:

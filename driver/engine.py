@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from shoal.driver.actor import Collected, EngineDeadError, RemoteDriver
+from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
-from shoal.driver.healing import Restarts
+from shoal.driver.healing import EngineDeadError, Restarts
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len

@@ -49,6 +49,8 @@ class Gang:
         self._watchdog: Watchdog | None = None
         self.epoch = -1  # number of the ranks' present life; upper half of their step ids
         self.placed = False
+        self.asleep: set[str] = set()  # "weights", "kv_cache"
+        self._sleep_level = 0
         self.group: WorkerGroup
         self.channel: StepChannel
         self.resolved: ResolvedConfig
@@ -88,7 +90,22 @@ class Gang:
         self.discard()
         self._place(old.device)
         self.resolved = self._set_up(old.dtype, old.max_model_len, old.num_blocks)
+        if self.asleep:
+            awake = {"weights", "kv_cache"} - self.asleep
+            self.sleep(self._sleep_level)
+            self.wake_up(awake)
         return self.resolved
+
+    def sleep(self, level: int) -> None:
+        """Give KV and weights back (ModelRunner.sleep)."""
+        self.group.run("sleep", level)
+        self.asleep, self._sleep_level = {"weights", "kv_cache"}, level
+
+    def wake_up(self, tags: set[str]) -> None:
+        """Bring back what `sleep` gave away."""
+        if tags:
+            self.group.run("wake_up", tuple(sorted(tags)))
+            self.asleep -= tags
 
     def discard(self) -> None:
         """End the ranks without asking them."""

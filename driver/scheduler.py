@@ -90,9 +90,9 @@ class Scheduler:
                 self._preempt(request)
         self._waiting.sort_again(self._requests.values())  # trust has changed, and the order with it
 
-    def restart(self, first_step: int, num_blocks: int) -> None:
-        """There are new ranks, with an empty cache."""
-        self._next_step = first_step
+    def restart(self, first_step: int | None, num_blocks: int) -> None:
+        """There are ranks again, with an empty cache. `first_step`: the id of new ones' first step."""
+        self._next_step = self._next_step if first_step is None else first_step
         self.limits = replace(self.limits, num_blocks=num_blocks)
         self.kv = self.kv.emptied(num_blocks)
 
@@ -174,7 +174,7 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
-        while budget and self._free_rows and self._lane_has_room():
+        while budget and len(self.running) < limits.max_num_seqs and self._lane_has_room():
             request = self._waiting.head()
             if request is None:
                 return
@@ -207,7 +207,7 @@ class Scheduler:
             return 1
         head = self._waiting.head()
         if head is not None:
-            if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
+            if len(self.running) < self.limits.max_num_seqs and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
         rows = [request for request, count in pending if count]

@@ -51,6 +51,17 @@ class Suspects:
         self._choose()
         return [(request, alone) for request in requests]
 
+    def try_alone(self, requests: Sequence[Request]) -> None:
+        """Run each of them alone until it has its next token. Call before plans are forgotten."""
+        for request in requests:
+            if not request.finished:
+                request.trust = Trust.ALONE
+                request.trusted_from = max(
+                    request.trusted_from, request.num_tokens + max(1, request.num_inflight_tokens)
+                )
+                self._requests[request.source.number] = request
+        self._choose()
+
     def take_guilty(self) -> list[Request]:
         """Requests that have killed often enough; with them found, nothing is held against the others."""
         guilty = [request for request in self._requests.values() if request.num_solo_deaths >= self._solo_deaths]

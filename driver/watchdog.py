@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from shoal.driver.log import LOGGER
+from shoal.driver.worker_group import StepMemoryError
 
 if TYPE_CHECKING:
     from shoal.driver.worker_group import StepChannel, WorkerGroup
@@ -137,7 +138,11 @@ class _WatchedChannel:
 
     def receive(self) -> bytes:
         """The next result."""
-        frame = self._inner.receive()
+        try:
+            frame = self._inner.receive()
+        except StepMemoryError:
+            self._watchdog.received()
+            raise
         self._watchdog.received()
         return frame
 

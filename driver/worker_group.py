@@ -34,6 +34,14 @@ class RankDiedError(RuntimeError):
     """A rank's process is gone, or it failed in a step; the gang cannot go on."""
 
 
+class StepMemoryError(RankDiedError):
+    """A step needed more memory than a rank has. The rank lives, but what the step was to change is lost."""
+
+    def __init__(self, message: str, step_id: int) -> None:
+        super().__init__(message)
+        self.step_id = step_id
+
+
 class StepChannel(Protocol):
     """Plans out to every rank, results back from the one that answers (the last stage's first), in order."""
 
@@ -305,4 +313,5 @@ def _accept(listener: Listener, calling: list[Any]) -> Connection:
 def _raise_error(frame: bytes) -> None:
     if frame.startswith(ERROR):
         report = json.loads(frame[len(ERROR) :])
-        raise RankDiedError(f"rank {report['rank']} failed in a step:\n{report['traceback']}")
+        message = f"rank {report['rank']} failed in a step:\n{report['traceback']}"
+        raise StepMemoryError(message, report["step_id"]) if report["out_of_memory"] else RankDiedError(message)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from shoal.workers.config import WorkerConfig
-from shoal.workers.host import born, keep_freed_memory
+from shoal.workers.host import born, is_out_of_memory, keep_freed_memory
 from shoal.workers.plan import EPOCH_SHIFT
 
 if TYPE_CHECKING:
@@ -196,21 +196,23 @@ class Worker:
         """Run a frame, on a GPU only enqueue it; what it gives back waits for the answer."""
         from shoal.workers.plan import SchedulerOutput
 
+        plan = SchedulerOutput.decode(frame)
         try:
-            pending = self.runner.execute(SchedulerOutput.decode(frame))
-        except Exception:  # the driver must learn of it: this rank's state is lost
-            report = self._report_error()
+            pending = self.runner.execute(plan)
+        except Exception as error:  # the driver must learn of it: this rank's state is lost
+            report = self._report(error, plan.step_id)
             return lambda: report
-        return lambda: self._encode(pending)
+        return lambda: self._encode(pending, plan.step_id)
 
-    def _encode(self, pending: Any) -> bytes:
+    def _encode(self, pending: Any, step_id: int) -> bytes:
         try:
             return bytes(pending.wait().encode())
-        except Exception:  # a kernel failed: seen only when its results are waited for
-            return self._report_error()
+        except Exception as error:  # a kernel failed: seen only when its results are waited for
+            return self._report(error, step_id)
 
-    def _report_error(self) -> bytes:
-        return ERROR + json.dumps({"rank": self.rank, "traceback": traceback.format_exc()}).encode()
+    def _report(self, error: Exception, step_id: int) -> bytes:
+        report = {"rank": self.rank, "step_id": step_id, "out_of_memory": is_out_of_memory(error)}
+        return ERROR + json.dumps(report | {"traceback": traceback.format_exc()}).encode()
 
     def _answer(self) -> None:
         """Results to the driver as the device gets there, while the loop enqueues what comes next."""

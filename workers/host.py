@@ -29,6 +29,13 @@ def keep_freed_memory() -> bool:
     return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_THRESHOLD, _KEEP_BYTES), mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)])
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the host's or a GPU's, was too small for what was asked."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)  # torch's, on a CPU
+
+
 def born(pid: int) -> int | None:
     """When a process began, in the kernel's ticks: with its id it names a process for good. None where it is gone."""
     try:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from shoal.driver.actor import EngineDeadError
 from shoal.driver.dispatch import Dispatcher
+from shoal.driver.healing import EngineDeadError
 from shoal.driver.jobs.accounts import Accounts, Samples
 from shoal.driver.jobs.committer import Committer
 from shoal.driver.jobs.config import JobConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal.driver.draft import SchedulerLimits
-from shoal.driver.healing import LONGEST_WAIT_S, Restarts
+from shoal.driver.healing import LONGEST_WAIT_S, Restarts, StepSizes
 from shoal.driver.request import Trust
 from shoal.driver.scheduler import Scheduler
 
@@ -169,3 +169,24 @@ def test_restarts_are_bounded_and_forgiven():
     assert restarts.total == 4
     many = Restarts(100, 0.5)
     assert max(many.next_wait() for _ in range(100)) == LONGEST_WAIT_S
+
+
+def test_steps_shrink_and_grow_again():
+    sizes = StepSizes(256, 2048, 1)
+    assert sizes.shrink(200, 1000)
+    assert sizes.now == (100, 500)
+    assert sizes.shrink(1, 400)
+    assert sizes.now == (100, 200), "a lone row's step gets shorter"
+    assert not sizes.shrink(1, 16)
+    assert sizes.now == (256, 2048), "it is the row that cannot fit"
+    assert sizes.shrink(64, 64)
+    steps = 0
+    while sizes.now != (256, 2048):
+        steps += 1
+        sizes.good()
+        assert steps < 5000
+    assert steps > 3 * StepSizes.PATIENCE, "the more often it failed, the longer it waits"
+    whole_prompts = StepSizes(8, 512, 512)
+    assert whole_prompts.shrink(4, 300)
+    assert whole_prompts.now == (2, 512)
+    assert not whole_prompts.shrink(1, 300)

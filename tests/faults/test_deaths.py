@@ -129,3 +129,31 @@ def test_a_dead_driver_is_replaced(ray_cluster, make_llm, monkeypatch, number) -
     while not all(map(gone, before)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert all(map(gone, before)), "its ranks went with it"
+
+
+@pytest.mark.parametrize("channel", ["socket", "ray"])
+def test_steps_that_do_not_fit_the_memory(ray_cluster, make_llm, monkeypatch, channel) -> None:
+    """Smaller steps, in the same process, and the same tokens."""
+    prompts = [[3 + i % 50] * 60 for i in range(12)]
+    undisturbed = ids(make_llm().generate(prompts, PARAMS, use_tqdm=False))
+    monkeypatch.setenv("SHOAL_STUB_MOST_TOKENS", "100")
+    llm = make_llm(step_channel=channel)
+    before = ranks(llm)
+    assert ids(llm.generate(prompts, PARAMS, use_tqdm=False)) == undisturbed
+    assert llm.deaths == []
+    assert ranks(llm) == before
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_row_that_fits_no_memory_fails_alone(ray_cluster, make_llm, size) -> None:
+    llm = make_llm(tensor_parallel_size=size)
+    params = [PARAMS.clone() for _ in PROMPTS]
+    params[5].extra_args = {"greedy": True}
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False, on_error="return")
+    assert [i for i, output in enumerate(outputs) if output.error] == [5]
+    assert "out of memory in a step of" in outputs[5].error
+    assert "a row that fits no memory" in outputs[5].error
+    assert all(len(part) == 40 for part in ids(outputs))
+    assert len(ids(outputs)) == len(PROMPTS) - 1
+    assert llm.deaths == []
+    assert len(ids(llm.generate(PROMPTS[:4], PARAMS, use_tqdm=False))) == 4

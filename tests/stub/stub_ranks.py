@@ -41,15 +41,24 @@ class StubRunner:
         self._step_s, self._tokens_file = step_s, tokens_file
         self._rows: dict[int, list] = {}  # stream, tokens made, length, stops
         self._made = 0
+        self._most_tokens = int(os.environ.get("SHOAL_STUB_MOST_TOKENS", "1000000"))
 
     def allocate_kv(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
 
+    def free_memory(self) -> None:
+        pass
+
     def execute(self, plan):
+        tokens = int(plan.num_scheduled_tokens.sum())
+        if tokens > self._most_tokens:
+            raise MemoryError(f"{tokens} tokens in a step, and there is memory for {self._most_tokens}")
         for new in plan.new_rows:
             sampling = new.sampling
             if sampling.extra_args.get("kill"):
                 os._exit(9)
+            if sampling.extra_args.get("greedy"):
+                raise MemoryError("a row that fits no memory")
             if sampling.extra_args.get("hang"):
                 time.sleep(3600)
             length = sampling.extra_args.get("length", 1 << 30)
