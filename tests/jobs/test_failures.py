@@ -21,19 +21,6 @@ def ids(rows):
     return [row["id"] for row in rows]
 
 
-def rank_pids(of="ray::StubWorker"):
-    """Processes of an actor class: Ray names a worker's process after its actor."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            title = path.read_bytes().split(b"\0")[0].decode("utf-8", "replace")
-        except OSError:
-            continue
-        if title.startswith(of):
-            found.append(int(path.parent.name))
-    return found
-
-
 def test_rows_that_kill_are_put_aside_and_no_other(run, write_rows):
     rows = [dict(row) for row in ROWS]
     for i in (17, 41):
@@ -70,7 +57,7 @@ def test_tries_outlive_the_job(run, start, write_rows):
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_exactly_once_whatever_dies(start, write_rows, seed):
+def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     """Job, driver actors and ranks are killed at random; the same command is started again until it completes."""
     rng = random.Random(seed)
     print(f"seed {seed}")
@@ -90,7 +77,7 @@ def test_exactly_once_whatever_dies(start, write_rows, seed):
                     ran.process.kill()
                     ran.process.wait()
                 else:
-                    pids = rank_pids(kind)
+                    pids = processes.named(kind)
                     if not pids:
                         continue
                     os.kill(rng.choice(pids), signal.SIGKILL)
@@ -224,14 +211,14 @@ def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch):
     assert len({meta["session"] for meta in starts}) == 2, "both made a good part of the tokens"
 
 
-def test_one_of_two_engines_dies(run, write_rows, monkeypatch):
+def test_one_of_two_engines_dies(run, write_rows, processes, monkeypatch):
     monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(300)]
     killed = []
 
     def kill_one():
         deadline = time.monotonic() + 60
-        while len(pids := rank_pids()) < 2 and time.monotonic() < deadline:
+        while len(pids := processes.named("ray::StubWorker")) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(1)
         os.kill(pids[0], signal.SIGKILL)
@@ -248,14 +235,14 @@ def test_one_of_two_engines_dies(run, write_rows, monkeypatch):
     assert ran.report()["engines"]["deaths"] == 1
 
 
-def test_nothing_is_left_behind(run, write_rows, tmp_path):
+def test_nothing_is_left_behind(run, write_rows, processes, tmp_path):
     import ray
     from ray.util import placement_group_table
 
     def leftovers():
         groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
         shared = [name for name in os.listdir("/dev/shm") if not name.startswith("plasma")]
-        ranks, drivers = rank_pids(), rank_pids("ray::StubDriver")
+        ranks, drivers = processes.named("ray::StubWorker"), processes.named("ray::StubDriver")
         return len(groups), len(ranks), len(drivers), sorted(shared), ray.available_resources().get("CPU")
 
     def settled():
@@ -288,3 +275,4 @@ def test_a_newer_run_takes_over(start, run, write_rows):
     assert first.end() == Exit.SUPERSEDED, first.log.read_text()
     assert second.rows() == expected
     assert ids(expected) == ids(rows)
+    assert second.status()["status"] == "completed", "the first one wrote over it"
