@@ -58,10 +58,12 @@ def check(ran, rows, killers):
     return tokens
 
 
-def story(seed, chaos, ran, wall, rows):
+def story(seed, chaos, ran, wall, rows, made=None):
+    """`made`: where ranks leave what they made; else only what engines told of is known."""
     kinds = collections.Counter(kind for kind, _ in chaos.kills)
     tokens, report = ran.report()["tokens"], ran.report()
-    extra = tokens["wasted"] / max(1, tokens["committed"])
+    generated = tokens["generated"] if made is None else sum(int(path.read_text()) for path in made.iterdir())
+    extra = generated / tokens["committed"] - 1
     print(
         f"SOAK seed {seed}: {len(rows)} rows in {wall:.1f} s, {chaos.runs} runs; killed {dict(sorted(kinds.items()))}; "
         f"lost 0, twice 0; put aside {report['request_counts']['failed']}; extra work {extra:.1%}",
@@ -75,30 +77,36 @@ def test_rounds(chaos, write_rows, load_job, tmp_path, seed):
     rng = random.Random(seed)
     killers = sorted(rng.sample(range(600), rng.choice([0, 1, 1, 2])))
     rows = make_rows(600, killers)
+    made = tmp_path / "made"
+    made.mkdir()
     chaos, counts = chaos(rng), Counts(load_job(tmp_path / "out.jsonl"))
     counts.start()
     started = time.monotonic()
-    ran = chaos.run(write_rows(rows), rng.randint(3, 5), 600, replicas=2, env={"SHOAL_STUB_STEP_S": "0.03"}, **SMALL)
+    env = {"SHOAL_STUB_STEP_S": "0.03", "SHOAL_STUB_TOKENS": str(made)}
+    ran = chaos.run(write_rows(rows), rng.randint(3, 5), 600, replicas=2, env=env, **SMALL)
     wall = time.monotonic() - started
     check(ran, rows, killers)
     seen = counts.end()
     assert seen == sorted(seen), "a count of the status fell"
-    story(seed, chaos, ran, wall, rows)
+    story(seed, chaos, ran, wall, rows, made)
 
 
 @pytest.mark.parametrize("seed", [101, 102, 103])
-def test_full_size(chaos, write_rows, seed):
+def test_full_size(chaos, write_rows, tmp_path, seed):
     """Clause 1 at its full size: 10,000 rows, a dozen kills, four rows that kill."""
     rng = random.Random(seed)
     killers = sorted(rng.sample(range(10_000), 4))
     rows = make_rows(10_000, killers)
     chaos = chaos(rng)
     started = time.monotonic()
-    fields = {"replicas": 2, "max_restarts": 40, "engine": {"max_num_seqs": 64}}
-    ran = chaos.run(write_rows(rows), 12, 10_000, timeout_s=1100, env={"SHOAL_STUB_STEP_S": "0.03"}, **fields)
+    made = tmp_path / "made"
+    made.mkdir()
+    env = {"SHOAL_STUB_STEP_S": "0.03", "SHOAL_STUB_TOKENS": str(made)}
+    fields = {"replicas": 2, "max_restarts": 40, "engine": {"max_num_seqs": 64}, "env": env}
+    ran = chaos.run(write_rows(rows), 12, 10_000, timeout_s=1100, **fields)
     wall = time.monotonic() - started
     check(ran, rows, killers)
-    story(seed, chaos, ran, wall, rows)
+    story(seed, chaos, ran, wall, rows, made)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
