@@ -5,7 +5,8 @@ import json
 import pytest
 
 from shoal.driver.jobs.faults import Fault, RowError
-from shoal.driver.jobs.forms.base import FORMS, dump, make_form
+from shoal.driver.jobs.forms.base import FORMS, make_form
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.template import PromptTemplate
 from shoal.driver.outputs import CompletionOutput, Logprob, RequestOutput
 
