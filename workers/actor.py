@@ -47,6 +47,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._frames: dict[int, tuple[bytes, Future[bytes]]] = {}
         self._next_frame = 0
+        self._failure: Exception | None = None  # of a step
         self._device, self._gpu = "cpu", 0
         self._answers_driver = rank == 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -133,6 +134,11 @@ class Worker:
         seconds = self.runner.load()
         return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
 
+    def free_memory(self) -> None:
+        """Take plans again after one that did not fit the memory; the next ones tell of all rows anew."""
+        self._failure = None
+        self.runner.free_memory()
+
     def connect(self, address: Any, family: str, secret: bytes) -> None:
         """Take plans from the driver's listener from now on; the first rank of the last stage answers there."""
         connection: Connection = Client(address, family, authkey=secret)
@@ -197,6 +203,9 @@ class Worker:
         from shoal.workers.plan import SchedulerOutput
 
         plan = SchedulerOutput.decode(frame)
+        if self._failure is not None:  # plans that were on their way build on what was lost
+            report = self._report(self._failure, plan.step_id)
+            return lambda: report
         try:
             pending = self.runner.execute(plan)
         except Exception as error:  # the driver must learn of it: this rank's state is lost
@@ -211,8 +220,9 @@ class Worker:
             return self._report(error, step_id)
 
     def _report(self, error: Exception, step_id: int) -> bytes:
+        self._failure = error
         report = {"rank": self.rank, "step_id": step_id, "out_of_memory": is_out_of_memory(error)}
-        return ERROR + json.dumps(report | {"traceback": traceback.format_exc()}).encode()
+        return ERROR + json.dumps(report | {"traceback": "".join(traceback.format_exception(error))}).encode()
 
     def _answer(self) -> None:
         """Results to the driver as the device gets there, while the loop enqueues what comes next."""
