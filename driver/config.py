@@ -147,7 +147,7 @@ class EngineConfig(BaseModel):
     step_channel: Literal["auto", "socket", "ray"] = "auto"
     """How plans travel: a socket each rank (auto), or plain actor calls."""
     placement_timeout_s: float = Field(default=30.0, gt=0)
-    """How long to wait for the cluster to place the ranks before saying what is missing; 20 seconds at most for what
+    """How long to wait for the cluster to place the ranks before saying what is missing; 10 seconds at most for what
     its nodes could not hold if they were empty."""
     wait_for_nodes: bool = False
     """The cluster may grow (autoscaling): wait all of placement_timeout_s, also for what its nodes cannot hold now."""

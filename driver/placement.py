@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from shoal.driver.log import LOGGER
 
-IMPOSSIBLE_S = 20.0  # how long what no node could hold is waited for: a node may just be joining
+IMPOSSIBLE_S = 10.0  # how long what no node could hold is waited for: a node may just be joining
 _REMIND_S = 10.0
 
 

@@ -98,7 +98,7 @@ class StubWorker(Worker):
     """A rank that never imports torch."""
 
     def probe(self, device):
-        return whereabouts() | {"num_cpus": 1}
+        return whereabouts() | {"num_cpus": 1, "gpus": ray.get_gpu_ids()}
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
@@ -129,6 +129,14 @@ class StubDriver(Driver):
 
     def rank_pids(self) -> list[int]:
         return [probe["pid"] for probe in self._gang.group.probes]
+
+    def rank_places(self) -> list[tuple[str, list[int]]]:
+        """Node and GPUs of each rank."""
+        return [(probe["node_id"], probe["gpus"]) for probe in self._gang.group.probes]
+
+    def captured(self) -> bool:
+        """Whether this actor is in somebody's placement group."""
+        return ray.util.get_current_placement_group() is not None
 
 
 def spare(group) -> None:
