@@ -101,17 +101,15 @@ def test_frames_of_an_older_epoch_are_ignored() -> None:
 
 def test_a_step_that_never_ends(ray_cluster, make_llm, capfd) -> None:
     """One row hangs the rank each time it is run: it ends with an error, the others do not notice."""
-    llm = make_llm(step_timeout_s=0.5)
+    llm = make_llm(step_timeout_s=0.5, max_solo_deaths=1)
     params = [PARAMS.clone() for _ in PROMPTS]
     params[5].extra_args = {"hang": True}
     outputs = llm.generate(PROMPTS, params, use_tqdm=False, on_error="return")
     assert [i for i, output in enumerate(outputs) if output.error] == [5]
-    assert "died 3 times with this row alone in it" in outputs[5].error
+    assert "died 1 times with this row alone in it, and 2 times with others" in outputs[5].error
     assert "a step did not end within 2 s" in outputs[5].error
     assert all(len(part) == 40 for part in ids(outputs))
-    assert len(llm.deaths) == 5
-    with pytest.raises(ValueError, match="prompt 1: the engine died 3 times"):
-        llm.generate(PROMPTS[:2], params[4:6], use_tqdm=False)
+    assert len(llm.deaths) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -131,22 +129,21 @@ def test_a_dead_driver_is_replaced(ray_cluster, make_llm, monkeypatch, number) -
     assert all(map(gone, before)), "its ranks went with it"
 
 
-@pytest.mark.parametrize("channel", ["socket", "ray"])
-def test_steps_that_do_not_fit_the_memory(ray_cluster, make_llm, monkeypatch, channel) -> None:
+def test_steps_that_do_not_fit_the_memory(ray_cluster, make_llm, monkeypatch) -> None:
     """Smaller steps, in the same process, and the same tokens."""
     prompts = [[3 + i % 50] * 60 for i in range(12)]
     undisturbed = ids(make_llm().generate(prompts, PARAMS, use_tqdm=False))
     monkeypatch.setenv("SHOAL_STUB_MOST_TOKENS", "100")
-    llm = make_llm(step_channel=channel)
+    llm = make_llm(step_channel="ray")
     before = ranks(llm)
     assert ids(llm.generate(prompts, PARAMS, use_tqdm=False)) == undisturbed
     assert llm.deaths == []
     assert ranks(llm) == before
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_row_that_fits_no_memory_fails_alone(ray_cluster, make_llm, size) -> None:
-    llm = make_llm(tensor_parallel_size=size)
+def test_a_row_that_fits_no_memory_fails_alone(ray_cluster, make_llm) -> None:
+    """Of two ranks, which are made anew: one may wait for the other inside the step."""
+    llm = make_llm(tensor_parallel_size=2)
     params = [PARAMS.clone() for _ in PROMPTS]
     params[5].extra_args = {"greedy": True}
     outputs = llm.generate(PROMPTS, params, use_tqdm=False, on_error="return")

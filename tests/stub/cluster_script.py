@@ -1,4 +1,4 @@
-"""Engines with stub ranks on three nodes of one machine; says as JSON what was seen. Run by tests/faults/test_cluster.py."""
+"""Engines with stub ranks on three nodes of one machine: what was seen, as JSON, for tests/faults/test_cluster.py."""
 
 from __future__ import annotations
 
