@@ -57,6 +57,7 @@ class Collected:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(slots=True)
@@ -204,7 +205,8 @@ class Driver:
             self._check_alive()
         scheduler = self._scheduler
         pool, running, waiting = scheduler.kv.pool, len(scheduler.running), scheduler.num_waiting
-        return Collected(finished, mark, running, waiting, pool.num_used / pool.num_blocks, self.num_made_tokens())
+        kv_usage, preemptions = pool.num_used / pool.num_blocks, scheduler.stats.num_preemptions
+        return Collected(finished, mark, running, waiting, kv_usage, self.num_made_tokens(), preemptions)
 
     def num_made_tokens(self) -> int:
         """Tokens that were sampled since the start, those that were cut off again too. A dead engine still tells."""

@@ -7,11 +7,13 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer, recover
 from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.display import Display
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
+from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.identity import differences, job_identity, salt
 from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import JobModel, MakeModel
@@ -19,13 +21,13 @@ from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.prepare import ModelTools, Preparer
 from shoal.driver.jobs.publish import Publisher, plan_output
-from shoal.driver.jobs.report import write_report
+from shoal.driver.jobs.report.write import write_report
 from shoal.driver.jobs.runner import Hooks, Runner
 from shoal.driver.jobs.scan import Scanner, detect_form, validate
 from shoal.driver.jobs.state.folder import NO_ROOM
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
-from shoal.driver.jobs.status import Display, StatusFile
+from shoal.driver.jobs.status import StatusFile
 from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.log import LOGGER, set_up_logging
 
@@ -71,7 +73,7 @@ class Job:
             seconds=config.object_seconds,
         )
         self._accounts, self._samples = Accounts(), Samples()
-        self._display = Display(config, self._accounts)
+        self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
 
     def run(self) -> Exit:
@@ -83,7 +85,9 @@ class Job:
             return error.code
         self._ledger = Ledger(self._store, fresh=self._config.fresh)
         every_s = _STATUS_S if self._plan.local else _REMOTE_STATUS_S
-        self._status = StatusFile(self._store, self._ledger.epoch, self._accounts, self._samples, every_s)
+        self._status = StatusFile(
+            self._store, self._ledger.epoch, self._config, self._accounts, self._samples, every_s
+        )  # fmt: skip
         self._committer = Committer(self._ledger, self._form, self._accounts, self._config.commit_rows)
         self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
         self._parts: Parts | None = None
@@ -111,9 +115,10 @@ class Job:
         self._status.enter(Status.FINALIZING)
         self._publish()
         self._status.enter(Status.COMPLETED)
-        write_report(self._store, self._config, self._status.as_dict())
+        self._display.close()
         accounts = self._accounts
         LOGGER.info("completed: %d rows answered, %d errors; %s", accounts.ok, accounts.errors, self._config.output)
+        self._report()
         return Exit.COMPLETED
 
     def _compare(self) -> dict[str, Any] | None:
@@ -181,12 +186,7 @@ class Job:
         if self._stop.asked and self._status.status == Status.IN_PROGRESS:
             self._status.enter(Status.CANCELLING)
         self._status.refresh()
-        replicas = self._runner.replicas.values()
-        self._display.tick(
-            sum(one.num_running for one in replicas),
-            sum(one.num_waiting for one in replicas),
-            max((one.kv_cache_usage for one in replicas), default=0.0),
-        )
+        self._display.tick(self._runner.replicas.values(), starting=not self._samples.engines)
 
     def _publish(self) -> None:
         """Every row of the input has its record now."""
@@ -225,4 +225,13 @@ class Job:
         """What there is, beside the state; a folder output has its complete parts already."""
         if self._parts is None and self._accounts.settled:
             self._publisher.publish_partial(max(self._accounts.rows_read, self._accounts.total_rows or 0))
-        write_report(self._store, self._config, self._status.as_dict())
+        self._report()
+
+    def _report(self) -> None:
+        """The job is over and its rows are safe: a report that cannot be written changes nothing about that."""
+        try:
+            page = write_report(self._store)
+        except OSError as error:
+            LOGGER.warning("the report could not be written: %s", error)
+            return
+        LOGGER.info("report: %s/%s", self._plan.state_path, page)
