@@ -23,7 +23,7 @@ from shoal.driver.draft import Plan, SchedulerLimits
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
-from shoal.driver.request import EngineRequest, FinishedRequest, Request
+from shoal.driver.request import EngineRequest, FinishedRequest, Request, pack_results, unpack_results
 from shoal.driver.resolve import (
     CPU_DECODE_BURST,
     GPU_DECODE_BURST,
@@ -58,6 +58,14 @@ class Collected:
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
     num_preemptions: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        counts = (self.mark, self.num_running, self.num_waiting, self.kv_cache_usage, self.num_made_tokens)
+        return _unpack_collected, (pack_results(self.finished), *counts, self.num_preemptions)
+
+
+def _unpack_collected(rows: list[tuple[Any, ...]], *counts: Any) -> Collected:
+    return Collected(unpack_results(rows), *counts)
 
 
 @dataclass(slots=True)

@@ -177,6 +177,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            allowed_folder=self.config.allowed_local_path,
         )
         batch = self._chat_batch(messages, sampling_params, renderer, tokenization_kwargs, on_error)
         return self._client.run(batch, use_tqdm)
@@ -229,6 +230,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            allowed_folder=self.config.allowed_local_path,
         )
         batch = self._chat_batch(messages, sampling_params, renderer, tokenization_kwargs, on_error)
         return self._client.enqueue(batch, use_tqdm)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from shoal.driver.jobs.accounts import Accounts, Usage
 from shoal.driver.jobs.faults import Fault
-from shoal.driver.jobs.forms.base import Form, dump
+from shoal.driver.jobs.forms.base import Form
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.state.ledger import Ledger
 from shoal.driver.jobs.work import Settled, Tries, Work

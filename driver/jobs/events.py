@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from shoal.driver.jobs.replica import Collected, Replica
 
 
 @dataclass(slots=True)
@@ -20,27 +16,3 @@ class Exhausted:
 
     num_rows: int
     error: Exception | None = None
-
-
-@dataclass(slots=True)
-class Up:
-    """An engine is ready."""
-
-    replica: Replica
-
-
-@dataclass(slots=True)
-class News:
-    """What an engine had to say."""
-
-    replica: Replica
-    collected: Collected
-
-
-@dataclass(slots=True)
-class Down:
-    """An engine is gone. `error`: why, None where it was told to stop; `booted`: it had been up."""
-
-    replica: Replica
-    error: Exception | None
-    booted: bool

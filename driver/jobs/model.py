@@ -13,8 +13,8 @@ from shoal.driver.params import SamplingParams
 
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
-    from shoal.driver.jobs.replica import EngineLike, StartEngine
     from shoal.driver.model_config import ResolvedModel
+    from shoal.driver.replica import EngineLike, StartEngine
     from shoal.driver.resolve import ResolvedConfig
 
 

@@ -166,10 +166,11 @@ class Preparer:
             raise TypeError(f"chat_template_kwargs must be an object, got {type(extra).__name__}")
         arguments["chat_template_kwargs"] = {**self._config.chat_template_kwargs, **(extra or {})}
         arguments.setdefault("chat_template", tools.chat_template)
+        folder = self._config.engine.allowed_local_path
         name = json.dumps(arguments, sort_keys=True)
         known = self._renderers.get(name)
         if known is None:
-            known = _remember(self._renderers, name, ChatRenderer(tools.tokenizer, **arguments))
+            known = _remember(self._renderers, name, ChatRenderer(tools.tokenizer, **arguments, allowed_folder=folder))
         return known
 
 

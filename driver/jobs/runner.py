@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from shoal.driver.dispatch import Dispatcher
 from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer
 from shoal.driver.jobs.config import JobConfig
-from shoal.driver.jobs.dispatch import Dispatcher
-from shoal.driver.jobs.events import Down, Exhausted, NeedEngine, News, Up
+from shoal.driver.jobs.events import Exhausted, NeedEngine
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.feeder import Feeder
 from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.outcome import Exit, JobError
-from shoal.driver.jobs.replica import Replica, StartEngine
 from shoal.driver.jobs.state.store import LedgerFullError
 from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.log import LOGGER
+from shoal.driver.replica import Down, News, Replica, StartEngine, Up
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.prepare import ModelTools, Preparer

@@ -14,6 +14,7 @@ from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.outcome import Status
 from shoal.driver.jobs.state.store import StateStore
+from shoal.driver.secrecy import is_secret, masked
 
 STATUS_FILE = "status.json"
 SAMPLES_FILE = "samples-{epoch:06d}.json"
@@ -32,13 +33,16 @@ class StatusFile:
         self._written = self._history_written = 0.0
         self._times: dict[str, float] = {}
         self._message: str | None = None
+        engine = config.engine.model_dump(exclude_defaults=True)
         self._about = {
             "model": config.engine.model,
             "input": config.input,
             "output": config.output,
             "fresh": config.fresh,
             "job": config.model_dump(mode="json", exclude={"engine"}),
-            "engine": _plain(config.engine.model_dump(exclude_defaults=True)),
+            "engine": _plain(
+                {n: v for n, v in config.engine.model_dump(exclude_defaults=True).items() if not is_secret(n)}
+            ),
             "versions": collect_versions(),
         }
         self.status = Status.VALIDATING
@@ -70,7 +74,7 @@ class StatusFile:
         self._history_written = time.monotonic()
         points = json.dumps(self._samples.points, separators=(",", ":")).encode()
         self._store.put(SAMPLES_FILE.format(epoch=self._epoch), points)
-        self._store.put(RUN_FILE.format(epoch=self._epoch), json.dumps(self._history()).encode())
+        self._store.put(RUN_FILE.format(epoch=self._epoch), masked(json.dumps(self._history())).encode())
 
     def _history(self) -> dict[str, Any]:
         accounts, samples = self._accounts, self._samples
@@ -97,7 +101,7 @@ class StatusFile:
         """The content of status.json."""
         return {
             "status": self.status.value,
-            "message": self._message,
+            "message": None if self._message is None else masked(self._message),
             "epoch": self._epoch,
             "host": socket.gethostname(),
             "pid": os.getpid(),

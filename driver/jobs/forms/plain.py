@@ -25,7 +25,11 @@ class PlainForm:
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
-        self._template = None if config.prompt_template is None else PromptTemplate(config.prompt_template)
+        self._template = (
+            None
+            if config.prompt_template is None
+            else PromptTemplate(config.prompt_template, config.engine.allowed_local_path)
+        )
 
     def row_id(self, columns: dict[str, Any]) -> str | None:
         """From `id_column`, else from id or custom_id where the row has one."""

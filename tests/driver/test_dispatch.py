@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shoal.driver.jobs.dispatch import GROUP, Dispatcher, Trust, trust
+from shoal.driver.dispatch import GROUP, Dispatcher, Trust, trust
 from shoal.driver.jobs.work import Tries, Work
 
 

@@ -1,4 +1,4 @@
-"""One engine of a job, and the thread that starts it, listens to it and ends it. Its only output are events."""
+"""One engine among several, and the thread that starts it, listens to it and ends it. Its only output are events."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
-from shoal.driver.jobs.events import Down, News, Up
 from shoal.driver.log import LOGGER
 from shoal.driver.request import EngineRequest, FinishedRequest
 
@@ -33,7 +33,7 @@ class Collected(Protocol):
 
 
 class EngineLike(Protocol):
-    """What a job needs of an engine. Every method raises once the engine is dead."""
+    """What is needed of an engine. Every method raises once the engine is dead."""
 
     resolved: ResolvedConfig
 
@@ -54,6 +54,30 @@ class EngineLike(Protocol):
 
 
 StartEngine = Callable[[], EngineLike]
+
+
+@dataclass(slots=True)
+class Up:
+    """An engine is ready."""
+
+    replica: Replica
+
+
+@dataclass(slots=True)
+class News:
+    """What an engine had to say."""
+
+    replica: Replica
+    collected: Collected
+
+
+@dataclass(slots=True)
+class Down:
+    """An engine is gone. `error`: why, None where it was told to stop; `booted`: it had been up."""
+
+    replica: Replica
+    error: Exception | None
+    booted: bool
 
 
 class Replica:
