@@ -20,6 +20,7 @@ import ray
 
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
 from shoal.driver.draft import Plan, SchedulerLimits
+from shoal.driver.engine_telemetry import EngineTelemetry
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
@@ -34,6 +35,7 @@ from shoal.driver.resolve import (
     resolve_budgets,
 )
 from shoal.driver.scheduler import Scheduler
+from shoal.driver.secrecy import masked
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import StepChannel, WorkerGroup
 from shoal.workers.config import LoadConfig, WorkerConfig
@@ -103,6 +105,7 @@ class Driver:
         self._channel: StepChannel
         self._scheduler: Scheduler
         self._resolved: ResolvedConfig
+        self._telemetry: EngineTelemetry
         self._thread: threading.Thread | None = None
 
     # ---- start and stop ----------------------------------------------------------------------------------------
@@ -123,6 +126,10 @@ class Driver:
         dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
         self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
         self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
+        tags = {"model": masked(config.model), "engine": ray.get_runtime_context().get_actor_id()}
+        self._telemetry = EngineTelemetry(self._scheduler, self._metrics, tags)
+        if not config.disable_log_stats:
+            self._telemetry.start()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
@@ -170,17 +177,10 @@ class Driver:
     def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
         config = self._config
         return SchedulerLimits(
-            resolved.max_model_len,
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            resolved.num_blocks,
-            resolved.block_size,
-            resolved.decode_burst,
-            config.long_prefill_token_threshold,
-            config.enable_prefix_caching,
-            config.enable_chunked_prefill,
-            config.scheduling_policy == "priority",
-        )
+            resolved.max_model_len, resolved.max_num_seqs, resolved.max_num_batched_tokens, resolved.num_blocks,
+            resolved.block_size, resolved.decode_burst, config.long_prefill_token_threshold,
+            config.enable_prefix_caching, config.enable_chunked_prefill, config.scheduling_policy == "priority",
+        )  # fmt: skip
 
     def shutdown(self) -> None:
         """End the ranks and give their resources back; requests that run are lost."""
@@ -188,6 +188,7 @@ class Driver:
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join(timeout=30)
+            self._telemetry.close()
         if self._placed:
             self._group.shutdown()
 
@@ -314,9 +315,11 @@ class Driver:
         while self._may_schedule() and (plan := scheduler.schedule()) is not None:
             self._channel.send(plan.output.step_id, plan.output.encode())
             self._inflight.append(plan)
+            self._telemetry.sent()
         finished = scheduler.take_ended()
         if self._inflight:
             output = StepOutput.decode(self._channel.receive())
+            self._telemetry.received()
             finished += scheduler.update(self._inflight.popleft(), output)
         self._publish(finished)
         self._run_controls()
@@ -354,6 +357,7 @@ class Driver:
         results = []
         for request in requests:
             self._metrics.finished(request)
+            self._telemetry.finished(request)
             self._stop_strings.forget(request)
             results.append(_finished(request))
         with self._news:

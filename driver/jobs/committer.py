@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,7 @@ class Committer:
         self.ledger, self.where = ledger, Numbers()
         self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
         self._synced = time.monotonic()
+        self._new_answers = False
         self._recorded: dict[str, int] = {}  # tokens that the ledger says an engine has made
         self.decoder: TextDecoder | None = None  # known with the model
 
@@ -111,6 +112,7 @@ class Committer:
         }
         self.where[work.index] = self.ledger.append(meta, dump(self._form.answer(work.row_id, work.columns, output)))
         self._accounts.answered(usage, children[0].finish_reason)
+        self._new_answers = True
 
     def error(self, work: Work, fault: Fault) -> None:
         """A row that will have no answer."""
@@ -136,12 +138,18 @@ class Committer:
             self._recorded[session] = tokens
             self.ledger.append({"t": "engine", "session": session, "generated": tokens})
 
-    def sync(self, force: bool = False) -> bool:
-        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried."""
+    def sync(self, force: bool = False, before: Callable[[], None] | None = None) -> bool:
+        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried.
+
+        `before`: called just before that, if there are answers; it may add to the ledger.
+        """
         waiting = self.ledger.num_unsynced
         now = time.monotonic()
         if not force and (waiting == 0 or (waiting < self._commit_rows and now - self._synced < _SYNC_S)):
             return False
+        if before is not None and self._new_answers:
+            self._new_answers = False
+            before()
         self.ledger.sync(force)
         self._synced = now
         return True

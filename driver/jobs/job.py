@@ -29,7 +29,9 @@ from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
 from shoal.driver.jobs.status import StatusFile
 from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.jobs.telemetry import JobTelemetry
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.secrecy import masked
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
@@ -75,6 +77,7 @@ class Job:
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
+        self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
         """All of it."""
@@ -177,6 +180,9 @@ class Job:
 
         connect(self._config.engine.address)
         self._stop.listen()  # Ray takes SIGTERM for itself
+        if not self._config.engine.disable_log_stats:
+            engine, name = self._config.engine, masked(self._config.output)
+            self._telemetry = JobTelemetry(name, masked(engine.model), self._accounts)
 
     def _settled(self, indices: list[int], new: bool) -> None:
         if self._parts is not None:
@@ -186,6 +192,8 @@ class Job:
         if self._stop.asked and self._status.status == Status.IN_PROGRESS:
             self._status.enter(Status.CANCELLING)
         self._status.refresh()
+        if self._telemetry is not None:
+            self._telemetry.tick(self._runner.num_up)
         self._display.tick(self._runner.replicas.values(), starting=not self._samples.engines)
 
     def _publish(self) -> None:

@@ -112,6 +112,11 @@ class Runner:
         self._samples.finish()
         self._observe()
 
+    @property
+    def num_up(self) -> int:
+        """Engines that can take rows."""
+        return len(self._dispatcher.lanes)
+
     def _ended(self) -> bool:
         """Nothing is left to do, or a stop was asked for and obeyed; and what was done is durable."""
         finished = self._exhausted and not self._dispatcher.num_waiting and not self._dispatcher.num_open
@@ -331,11 +336,8 @@ class Runner:
         """A full disk pauses the job: nothing is given out until there is room again."""
         if self._full_since and not force and time.monotonic() - self._full_since < _FULL_RETRY_S:
             return
-        if self._committer.ledger.num_unsynced:  # beside answers, so that what a killed job made stays accounted for
-            for replica in self.replicas.values():
-                self._committer.made(replica.session, self._made(replica))
         try:
-            tried = self._committer.sync(force)
+            tried = self._committer.sync(force, self._record_made)
         except LedgerFullError as error:
             if not self._full_since:
                 LOGGER.error("paused, nothing is lost: %s. Make room, and the job goes on by itself", error)
@@ -371,6 +373,11 @@ class Runner:
             preemptions=sum(replica.num_preemptions for replica in replicas),
             deaths=accounts.engine_deaths,
         )
+
+    def _record_made(self) -> None:
+        """Tokens that engines made, so that those of a job that is killed stay accounted for."""
+        for replica in self.replicas.values():
+            self._committer.made(replica.session, self._made(replica))
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)

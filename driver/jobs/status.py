@@ -40,9 +40,7 @@ class StatusFile:
             "output": config.output,
             "fresh": config.fresh,
             "job": config.model_dump(mode="json", exclude={"engine"}),
-            "engine": _plain(
-                {n: v for n, v in config.engine.model_dump(exclude_defaults=True).items() if not is_secret(n)}
-            ),
+            "engine": _plain({name: value for name, value in engine.items() if not is_secret(name)}),
             "versions": collect_versions(),
         }
         self.status = Status.VALIDATING
