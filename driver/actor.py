@@ -32,7 +32,9 @@ from shoal.driver.resolve import (
     check_model_len,
     count_blocks,
     pick_device,
+    plans_in_flight,
     resolve_budgets,
+    scarcest,
 )
 from shoal.driver.scheduler import Scheduler
 from shoal.driver.secrecy import masked
@@ -114,7 +116,8 @@ class Driver:
         """Get the ranks their places and their processes started; the model need not be known."""
         config = self._config
         device = pick_device(config, ray.cluster_resources())
-        self._group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
+        sizes = config.tensor_parallel_size, config.pipeline_parallel_size
+        self._group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env)
         self._placed = True
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
@@ -123,6 +126,7 @@ class Driver:
         self._spec, self._load = spec, load
         self._stop_strings = StopStrings(tokenizer_json)
         spec.check_tensor_parallel(config.tensor_parallel_size)
+        spec.check_pipeline_parallel(config.pipeline_parallel_size)
         dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
         self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
         self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
@@ -139,39 +143,28 @@ class Driver:
         rows, tokens = resolve_budgets(config, max_model_len, group.probes)
         threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
         worker = WorkerConfig(
-            self._spec,
-            self._load,
-            0,
-            group.world_size,
-            device,
-            dtype,
-            config.block_size,
-            max_model_len,
-            rows,
-            tokens,
-            config.enforce_eager,
-            threads,
-        )
+            self._spec, self._load, 0, group.world_size, device, dtype, config.block_size, max_model_len, rows,
+            tokens, config.enforce_eager, threads, group.num_stages,
+        )  # fmt: skip
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S
         )
-        block_bytes = max(report["block_bytes"] for report in reports)
-        if config.kv_cache_memory_bytes is not None:
-            free = config.kv_cache_memory_bytes
-        elif device == "cpu":
-            free = cpu_kvcache_bytes()
+        if config.kv_cache_memory_bytes is not None or device == "cpu":
+            frees = [config.kv_cache_memory_bytes or cpu_kvcache_bytes()] * group.world_size
         else:
-            free = min(group.run("free_kv_bytes", config.gpu_memory_utilization))
+            frees = group.run("free_kv_bytes", config.gpu_memory_utilization)
+        free, block_bytes = scarcest(frees, [report["block_bytes"] for report in reports])
         num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
         group.run("allocate_kv", num_blocks)
         self._channel = group.open_channel(config.step_channel)
-        burst = config.decode_burst or (CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST)
+        burst = CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST
+        burst = config.decode_burst or (burst if group.num_stages == 1 else 1)
         steady = self._has_processors  # custom processors see every token before the next is planned
         return ResolvedConfig(
-            self._load.model, self._spec.architecture, device, dtype, group.world_size, max_model_len, rows, tokens,
+            self._load.model, self._spec.architecture, device, dtype, group.stage_size, max_model_len, rows, tokens,
             config.block_size, num_blocks, num_blocks * block_bytes, reports[0]["weight_bytes"],
             max(report["load_s"] for report in reports), 1 if steady else burst,
-            config.lookahead if config.async_scheduling and not steady else 0,
+            plans_in_flight(config, steady), group.num_stages,
         )  # fmt: skip
 
     def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
@@ -180,6 +173,7 @@ class Driver:
             resolved.max_model_len, resolved.max_num_seqs, resolved.max_num_batched_tokens, resolved.num_blocks,
             resolved.block_size, resolved.decode_burst, config.long_prefill_token_threshold,
             config.enable_prefix_caching, config.enable_chunked_prefill, config.scheduling_policy == "priority",
+            resolved.pipeline_parallel_size,
         )  # fmt: skip
 
     def shutdown(self) -> None:

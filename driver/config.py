@@ -121,9 +121,10 @@ class EngineConfig(BaseModel):
     async_scheduling: bool = True
     """Plan the next step before the last one's results are back. False is `lookahead=0`."""
     lookahead: int = Field(default=2, ge=0, le=16)
-    """Plans in flight beyond the one that runs."""
+    """Plans in flight beyond those that run (one in each pipeline stage). 0: one plan at a time."""
     decode_burst: int | None = Field(default=None, ge=1, le=256)
-    """Decode steps granted in one plan when nothing else is to do. None: 8."""
+    """Decode steps granted in one plan when nothing else is to do. None: 8; 4 on a CPU; 1 with pipeline stages, which
+    work on one step of a burst in turn."""
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
     """Share of the GPU's whole memory this engine may use."""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
@@ -137,8 +138,8 @@ class EngineConfig(BaseModel):
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; one Ray worker each."""
-    pipeline_parallel_size: Literal[1] = 1
-    """Stages of layers; one, in this version."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages of consecutive layers, each of tensor_parallel_size ranks, for models beyond one node."""
     distributed_executor_backend: Literal["ray"] | None = None
     """Ray is the only one."""
     address: str | None = None

@@ -276,7 +276,7 @@ class LLM:
     def get_world_size(self, include_dp: bool = True) -> int:
         """Ranks of the engine; there is one replica, so `include_dp` changes nothing."""
         self._require_open()
-        return self.resolved.tensor_parallel_size
+        return self.resolved.world_size
 
     def collective_rpc(
         self,

@@ -159,6 +159,7 @@ class Request:
     num_plans_inflight: int = 0
     num_cached_tokens: int = 0  # prefix hit when first admitted
     row: int = -1  # place in the workers' batch while RUNNING
+    lane: int = 0  # which of the scheduler's lanes it runs in while RUNNING
     block_table: list[int] = field(default_factory=list)
     num_granted_blocks: int = 0  # leading blocks of the table that the ranks know of
     num_hashed_blocks: int = 0
