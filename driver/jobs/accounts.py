@@ -52,6 +52,7 @@ class Accounts:
     boot_failures: int = 0
     quarantined: int = 0
     started: float = field(default_factory=time.time)
+    durable: tuple[int, int] = (0, 0)  # answers and errors that no crash can take back
     _recent: list[tuple[float, int, int, int]] = field(default_factory=list)
 
     @property
@@ -78,6 +79,10 @@ class Accounts:
         self.finish_reasons[finish_reason or "unknown"] += 1
         self.prompt_lengths[bucket(usage.prompt)] += 1
         self.output_lengths[bucket(usage.completion)] += 1
+
+    def mark_durable(self) -> None:
+        """All that was counted is in the ledger for good."""
+        self.durable = (self.ok, self.errors)
 
     def failed(self, code: str) -> None:
         """One more error."""
@@ -147,7 +152,7 @@ class Accounts:
         rows, prompt, generated = self.rates()
         eta = self.eta_s()
         return {
-            "request_counts": {"total": self.total_rows, "completed": self.ok, "failed": self.errors},
+            "request_counts": {"total": self.total_rows, "completed": self.durable[0], "failed": self.durable[1]},
             "rows": {"read": self.rows_read, "resumed": self.resumed, "quarantined": self.quarantined},
             "error_codes": dict(self.error_codes),
             "finish_reasons": dict(self.finish_reasons),

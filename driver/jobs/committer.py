@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,6 @@ class Committer:
         self.ledger, self.where = ledger, Numbers()
         self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
         self._synced = time.monotonic()
-        self._new_answers = False
         self._recorded: dict[str, int] = {}  # tokens that the ledger says an engine has made
         self.decoder: TextDecoder | None = None  # known with the model
 
@@ -115,7 +114,6 @@ class Committer:
             meta, dump(self._form.answer(work.row_id, parse_object(work.raw), output))
         )
         self._accounts.answered(usage, children[0].finish_reason)
-        self._new_answers = True
 
     def error(self, work: Work, fault: Fault) -> None:
         """A row that will have no answer."""
@@ -141,18 +139,17 @@ class Committer:
             self._recorded[session] = tokens
             self.ledger.append({"t": "engine", "session": session, "generated": tokens})
 
-    def sync(self, force: bool = False, before: Callable[[], None] | None = None) -> bool:
-        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried.
-
-        `before`: called just before that, if there are answers; it may add to the ledger.
-        """
+    def is_due(self) -> bool:
+        """There are enough answers to make durable, or they are old enough."""
         waiting = self.ledger.num_unsynced
-        now = time.monotonic()
-        if not force and (waiting == 0 or (waiting < self._commit_rows and now - self._synced < _SYNC_S)):
+        return waiting >= self._commit_rows or (waiting > 0 and time.monotonic() - self._synced >= _SYNC_S)
+
+    def sync(self, force: bool = False) -> bool:
+        """Makes answers durable when that is due. True where it was tried."""
+        if not force and not self.is_due():
             return False
-        if before is not None and self._new_answers:
-            self._new_answers = False
-            before()
         self.ledger.sync(force)
-        self._synced = now
+        self._synced = time.monotonic()
+        if not self.ledger.num_unsynced:
+            self._accounts.mark_durable()
         return True

@@ -335,8 +335,11 @@ class Runner:
         """A full disk pauses the job: nothing is given out until there is room again."""
         if self._full_since and not force and time.monotonic() - self._full_since < _FULL_RETRY_S:
             return
+        if force or self._committer.is_due():  # a kill may come at any time, and tokens are to add up after it
+            for replica in self.replicas.values():
+                self._committer.made(replica.session, self._made(replica))
         try:
-            tried = self._committer.sync(force, self._record_made)
+            tried = self._committer.sync(force)
         except LedgerFullError as error:
             if not self._full_since:
                 LOGGER.error("paused, nothing is lost: %s. Make room, and the job goes on by itself", error)
@@ -372,11 +375,6 @@ class Runner:
             preemptions=sum(replica.num_preemptions for replica in replicas),
             deaths=accounts.engine_deaths,
         )
-
-    def _record_made(self) -> None:
-        """Tokens that engines made, so that those of a job that is killed stay accounted for."""
-        for replica in self.replicas.values():
-            self._committer.made(replica.session, self._made(replica))
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)

@@ -13,7 +13,9 @@ from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.outcome import Status
-from shoal.driver.jobs.state.store import StateStore
+from shoal.driver.jobs.state.ledger import Ledger
+from shoal.driver.jobs.state.store import NO_ROOM, StateStore
+from shoal.driver.log import LOGGER
 from shoal.driver.secrecy import is_secret, masked
 
 STATUS_FILE = "status.json"
@@ -23,12 +25,14 @@ _HISTORY_S = 5.0  # samples and events are larger, and nobody polls them
 
 
 class StatusFile:
-    """status.json in the state folder, and this run's samples and history. Only the owner of the ledger writes them."""
+    """status.json in the state folder, and this run's samples and history. Only the owner of the ledger writes them:
+    another gets SupersededError."""
 
     def __init__(
-        self, store: StateStore, epoch: int, config: JobConfig, accounts: Accounts, samples: Samples, every_s: float
+        self, store: StateStore, ledger: Ledger, config: JobConfig, accounts: Accounts, samples: Samples, every_s: float
     ) -> None:
-        self._store, self._epoch, self._accounts, self._samples = store, epoch, accounts, samples
+        self._store, self._ledger, self._accounts, self._samples = store, ledger, accounts, samples
+        self._epoch = ledger.epoch
         self._every_s = every_s
         self._written = self._history_written = 0.0
         self._times: dict[str, float] = {}
@@ -66,13 +70,21 @@ class StatusFile:
 
     def _write_status(self) -> None:
         self._written = time.monotonic()
-        self._store.put(STATUS_FILE, json.dumps(self.as_dict(), indent=1).encode())
+        self._put(STATUS_FILE, json.dumps(self.as_dict(), indent=1))
 
     def _write_history(self) -> None:
         self._history_written = time.monotonic()
-        points = json.dumps(self._samples.points, separators=(",", ":")).encode()
-        self._store.put(SAMPLES_FILE.format(epoch=self._epoch), points)
-        self._store.put(RUN_FILE.format(epoch=self._epoch), masked(json.dumps(self._history())).encode())
+        self._put(SAMPLES_FILE.format(epoch=self._epoch), json.dumps(self._samples.points, separators=(",", ":")))
+        self._put(RUN_FILE.format(epoch=self._epoch), masked(json.dumps(self._history())))
+
+    def _put(self, name: str, text: str) -> None:
+        self._ledger.check_owner()
+        try:
+            self._store.put(name, text.encode())
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            LOGGER.error("%s cannot be written: %s", name, error)  # a later one tells more anyway
 
     def _history(self) -> dict[str, Any]:
         accounts, samples = self._accounts, self._samples

@@ -15,6 +15,7 @@ from shoal.driver.jobs.report.figures import charts
 from shoal.driver.jobs.report.numbers import gather, load_runs
 from shoal.driver.jobs.report.write import make_report, write_report
 from shoal.driver.jobs.state.folder import Folder
+from shoal.driver.jobs.state.ledger import Ledger
 from shoal.driver.jobs.status import StatusFile
 
 ENGINE = {"tensor_parallel_size": 1, "device": "cpu", "dtype": "float32"}
@@ -31,11 +32,12 @@ class Life:
     def run(self, status, *, rows, start_s=2.0, work_s=10, fresh=False, deaths=(), message=None, killed=False):
         """A run in which `rows` are answered, 20 tokens each, evenly over `work_s` seconds after `start_s`."""
         self.epoch += 1
-        self.store.claim(self.epoch)
         accounts, samples = self.accounts, Samples()
         accounts.engine_deaths = 0
         fields = {"input": "in.jsonl", "output": "out.jsonl", "engine": {"model": "m"}, "fresh": fresh}
-        file = StatusFile(self.store, self.epoch, make_job(fields), accounts, samples, 1.0)
+        ledger = Ledger(self.store)
+        assert ledger.epoch == self.epoch
+        file = StatusFile(self.store, ledger, make_job(fields), accounts, samples, 1.0)
         file.enter(Status.VALIDATING)
         file.enter(Status.IN_PROGRESS)
         self.point(samples, 0)
@@ -54,10 +56,12 @@ class Life:
             )
             self.point(samples, 0 if second in deaths else 8)
         if killed:
+            accounts.mark_durable()
             file.write()
         else:
+            accounts.mark_durable()
             file.enter(status, message)
-        return self
+        ledger.close()
 
     def point(self, samples, slots):
         accounts = self.accounts
@@ -147,10 +151,10 @@ def test_the_page_holds_all_it_needs(life, tmp_path, status, message):
 
 
 def test_a_job_that_never_answered_has_a_report(life):
-    life.epoch = 1
-    life.store.claim(1)
     config = make_job({"input": "in.jsonl", "output": "out.jsonl", "engine": {"model": "m"}})
-    StatusFile(life.store, 1, config, Accounts(), Samples(), 1.0).enter(Status.FAILED, "3 rows cannot be used")
+    StatusFile(life.store, Ledger(life.store), config, Accounts(), Samples(), 1.0).enter(
+        Status.FAILED, "3 rows cannot be used"
+    )
     report, page = make_report(life.store)
     assert report["mean_rates"]["rows_s"] == 0
     assert "3 rows cannot be used" in page
