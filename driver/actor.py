@@ -20,6 +20,7 @@ import ray
 
 from shoal.driver.config import EngineConfig
 from shoal.driver.draft import Plan
+from shoal.driver.engine_telemetry import EngineTelemetry
 from shoal.driver.gang import Gang
 from shoal.driver.healing import EngineDeadError, Healer
 from shoal.driver.log import LOGGER, set_up_logging
@@ -35,6 +36,7 @@ from shoal.driver.request import (
 )
 from shoal.driver.resolve import ResolvedConfig
 from shoal.driver.scheduler import Scheduler
+from shoal.driver.secrecy import masked
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import RankDiedError
 from shoal.workers.actor import whereabouts
@@ -53,11 +55,12 @@ class Collected:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
+    num_preemptions: int = 0
     deaths: list[Death] = field(default_factory=list)
 
     def __reduce__(self) -> tuple[Any, ...]:
         counts = (self.mark, self.num_running, self.num_waiting, self.kv_cache_usage, self.num_made_tokens)
-        return _unpack_collected, (pack_results(self.finished), *counts, self.deaths)
+        return _unpack_collected, (pack_results(self.finished), *counts, self.num_preemptions, self.deaths)
 
 
 def _unpack_collected(rows: list[tuple[Any, ...]], *counts: Any) -> Collected:
@@ -100,6 +103,7 @@ class Driver:
         self._stop_strings: StopStrings
         self._scheduler: Scheduler
         self._healer: Healer
+        self._telemetry: EngineTelemetry
         self._thread: threading.Thread | None = None
 
     # ---- start and stop ----------------------------------------------------------------------------------------
@@ -115,6 +119,10 @@ class Driver:
         resolved = self._gang.load(spec, load)
         self._scheduler = Scheduler(self._gang.limits(), self._stop_strings.check, self._config.max_solo_deaths)
         self._healer = Healer(self._config, self._gang, self._scheduler, self._inflight, self._tell, self._closing)
+        tags = {"model": masked(self._config.model), "engine": ray.get_runtime_context().get_actor_id()}
+        self._telemetry = EngineTelemetry(self._scheduler, self._metrics, tags)
+        if not self._config.disable_log_stats:
+            self._telemetry.start()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
@@ -125,6 +133,7 @@ class Driver:
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join(timeout=30)
+            self._telemetry.close()
         self._gang.shutdown()
 
     # ---- called by clients, on any thread ----------------------------------------------------------------------
@@ -151,8 +160,8 @@ class Driver:
         deaths = [item for item in news if isinstance(item, Death)]
         scheduler = self._scheduler
         pool, running, waiting = scheduler.kv.pool, len(scheduler.running), scheduler.num_waiting
-        usage = pool.num_used / pool.num_blocks
-        return Collected(finished, mark, running, waiting, usage, self.num_made_tokens(), deaths)
+        kv_usage, preemptions = pool.num_used / pool.num_blocks, scheduler.stats.num_preemptions
+        return Collected(finished, mark, running, waiting, kv_usage, self.num_made_tokens(), preemptions, deaths)
 
     def num_made_tokens(self) -> int:
         """Tokens that were sampled since the start, those that were cut off again too. A dead engine still tells."""
@@ -240,6 +249,7 @@ class Driver:
                 try:
                     self._step()
                 except RankDiedError as error:
+                    self._telemetry.lost()
                     self._healer.heal(error)
                     self._publish(self._scheduler.take_ended())
         except EngineDeadError as error:
@@ -256,10 +266,12 @@ class Driver:
         scheduler = self._scheduler
         while self._may_schedule() and (plan := scheduler.schedule()) is not None:
             self._inflight.append(plan)
+            self._telemetry.sent()
             self._gang.channel.send(plan.output.step_id, plan.output.encode())
         finished = scheduler.take_ended()
         if self._inflight:
             output = self._receive()
+            self._telemetry.received()
             finished += scheduler.update(self._inflight.popleft(), output)
             self._healer.good_step()
         self._publish(finished)
@@ -307,6 +319,7 @@ class Driver:
         results = []
         for request in requests:
             self._metrics.finished(request)
+            self._telemetry.finished(request)
             self._stop_strings.forget(request)
             results.append(finished_request(request))
             if request.finish_reason in ("stop", "length"):

@@ -165,7 +165,7 @@ class EngineConfig(BaseModel):
     """Times the ranks must die with a request alone in them before that request ends with an error."""
 
     disable_log_stats: bool = False
-    """True: no metrics in outputs, get_metrics() refuses."""
+    """True: no metrics in outputs nor for Prometheus, get_metrics() refuses."""
     use_tqdm_on_load: bool = True
     """A bar while weights load."""
 

@@ -115,9 +115,11 @@ def start(monkeypatch, stub_ranks):
         group.stub = stub_ranks
         monkeypatch.setattr(gang, "WorkerGroup", group)
         monkeypatch.setattr(gang.ray, "cluster_resources", dict)
+        context = SimpleNamespace(get_actor_id=lambda: "an actor")
+        monkeypatch.setattr(gang.ray, "get_runtime_context", lambda: context)
         config = make_config(
             model="m", max_num_seqs=8, max_model_len=128, kv_cache_memory_bytes=1 << 20, restart_backoff_s=0.01,
-            device="cpu", **arguments,
+            device="cpu", disable_log_stats=True, **arguments,
         )  # fmt: skip
         driver = Driver(config, [None, 0], {})
         driver._gang.place()
