@@ -8,9 +8,11 @@ ends, what is held is the tokens of all that last as long, and one token more of
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
+from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.request import Request
 
 _LEAST_KNOWN = 16  # requests that ended, before their lengths say anything
@@ -81,3 +83,40 @@ class KVLoad:
                 return False
         self.add(held, left)
         return True
+
+
+class Admission:
+    """Whether the first request in the queue would find room until its end."""
+
+    def __init__(self) -> None:
+        self.crowded = False  # it would not; nothing changes that until somebody leaves
+        self._lengths = OutputLengths()
+        self._load: KVLoad | None = None
+        self._kv: KVCacheManager
+
+    def look(self, kv: KVCacheManager) -> None:
+        """A new step begins: what is held has changed."""
+        self._kv, self._load = kv, None
+
+    def lets_in(self, request: Request, num_cached: int, running: list[Request]) -> bool:
+        """If so, it counts as one that is in for the rest of this step. An empty engine takes anything."""
+        if self.crowded:
+            return False
+        load = self._load = self._load or self._load_of(running)
+        self.crowded = not load.admits(request.num_tokens - num_cached, self._lengths.left(request)) and bool(running)
+        return not self.crowded
+
+    def ended(self, request: Request) -> None:
+        """Takes note of how long it became."""
+        if request.finish_reason in ("stop", "length") and not is_fixed(request):
+            self._lengths.add(request.num_output_tokens)
+
+    def _load_of(self, running: Iterable[Request]) -> KVLoad:
+        """Blocks that several share count once."""
+        pool, size = self._kv.pool, self._kv.block_size
+        load = KVLoad(pool.num_blocks * size, size)
+        shared = min(1.0, pool.num_used / max(1, sum(len(request.block_table) for request in running)))
+        for request in running:
+            tokens = request.num_tokens + request.num_inflight_tokens
+            load.add(tokens * shared, 0 if request.finished else self._lengths.left(request))
+        return load

@@ -7,16 +7,18 @@ that plans in flight will sample count as `num_inflight_tokens`, and nothing a p
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
-from shoal.driver.forecast import KVLoad, OutputLengths, is_fixed
-from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
+from shoal.driver.forecast import Admission
+from shoal.driver.request import EngineRequest, Request, RequestStatus
+from shoal.driver.suspects import Suspects
+from shoal.driver.waiting import WaitingQueue
 from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
 # StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
@@ -26,22 +28,22 @@ StopCheck = Callable[[Request, int], bool]
 class Scheduler:
     """Queue, running rows and their blocks. One thread calls it."""
 
-    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None) -> None:
+    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None, solo_deaths: int = 3) -> None:
         self.limits = limits
+        self.suspects = Suspects(solo_deaths)
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size, limits.enable_prefix_caching)
         self.stats = SchedulerStats()
         self.running: list[Request] = []  # in order of admission
         self.num_plans_inflight = 0
         self._stop_check = stop_check
-        self._waiting: list[tuple[int, int, Request]] = []  # heap; ended requests are skipped when met
+        self._waiting = WaitingQueue(limits.use_priority, self.suspects)
         self._requests: dict[int, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
         self._lane = 0  # whose turn it is
         self._lane_sizes = [0] * limits.num_lanes  # running rows of each
         self._drain = False  # a preemption waits for the plans in flight
-        self._lengths = OutputLengths()
-        self._crowded = False  # the first in the queue would not fit to its end; so it stays until somebody leaves
+        self._admission = Admission()
         self._next_step = 0
 
     # ---- what comes in -----------------------------------------------------------------------------------------
@@ -50,32 +52,18 @@ class Scheduler:
         """Queue a request. One whose prompt can never fit the cache ends at once, with finish_reason "error"."""
         limits = self.limits
         prompt = source.prompt_token_ids
-        assert prompt
-        assert source.params.max_tokens is not None
-        request = Request(
-            source,
-            list(prompt),
-            len(prompt),
-            min(len(prompt) + source.params.max_tokens, limits.max_model_len),
-            frozenset(source.stop_ids),
-            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
-        )
-        capacity = limits.num_blocks * limits.block_size
-        if len(prompt) > capacity:
-            request.finish_reason = "error"
-            request.stop_text = (
-                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
-                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
-                "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
-            )
-            request.status = RequestStatus.FINISHED
+        request = Request.begin(source, limits.max_model_len)
+        request.stop_text = limits.refusal(len(prompt))
+        if request.stop_text is not None:
+            request.finish_reason, request.status = "error", RequestStatus.FINISHED
             self._ended.append(request)
             return request
         assert len(prompt) < request.max_total_tokens
         self._requests[source.number] = request
         self.stats.num_prompt_tokens += len(prompt)
         self.stats.max_unfinished = max(self.stats.max_unfinished, len(self._requests))
-        self._push(request)
+        self.suspects.enter(request)
+        self._waiting.push(request)
         return request
 
     def abort(self, numbers: Iterable[int]) -> None:
@@ -91,6 +79,29 @@ class Scheduler:
         assert not self.num_plans_inflight
         for request in list(self.running):
             self._preempt(request)
+
+    def lose_ranks(self, plans: Iterable[Plan]) -> None:
+        """Ranks and KV are gone, with the plans in flight. Tokens are kept; every request goes back to the queue."""
+        self.num_plans_inflight, self._drain = 0, False
+        for plan in plans:
+            plan.forget()
+        for request in list(self.running):
+            request.prompt_logprobs.clear()  # their prompt is computed again, in other chunks
+            self._finish_if_idle(request, self._ended)
+            if not request.finished:
+                self._preempt(request)
+        self._waiting.sort_again(self._requests.values())  # trust has changed, and the order with it
+
+    def restart(self, first_step: int | None, num_blocks: int) -> None:
+        """There are ranks again, with an empty cache. `first_step`: the id of new ones' first step."""
+        self._next_step = self._next_step if first_step is None else first_step
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        self.kv = self.kv.emptied(num_blocks)
+
+    def fail(self, request: Request, code: str, message: str) -> None:
+        """End a request that has no plan in flight with an error."""
+        request.finish_reason, request.error_code, request.stop_text = "error", code, message
+        self._finish_if_idle(request, self._ended)
 
     @property
     def num_unfinished(self) -> int:
@@ -118,6 +129,8 @@ class Scheduler:
         if self._drain and self.num_plans_inflight:
             return None
         self._drain = False
+        if self.suspects.solo is not None and not self._clear_for(self.suspects.solo):
+            return None
         for _ in self._lane_sizes:
             draft = Draft()
             budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
@@ -129,6 +142,14 @@ class Scheduler:
             if self._drain:
                 break
         return None
+
+    def _clear_for(self, solo: Request) -> bool:
+        """Send all others back to the queue; False while plans in flight forbid it."""
+        for request in [request for request in self.running if request is not solo]:
+            if self.num_plans_inflight:
+                return False
+            self._preempt(request)
+        return True
 
     def _schedule_running(self, draft: Draft, budget: int) -> int:
         num_steps = self._burst_length()
@@ -155,9 +176,9 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
-        load: KVLoad | None = None
-        while budget and self._free_rows and self._lane_has_room():
-            request = self._head()
+        self._admission.look(self.kv)
+        while budget and len(self.running) < limits.max_num_seqs and self._lane_has_room():
+            request = self._waiting.head()
             if request is None:
                 return
             hits = self.kv.find_prefix(request)
@@ -167,13 +188,9 @@ class Scheduler:
                 count = min(count, limits.long_prefill_token_threshold)
             if count > budget and not limits.enable_chunked_prefill:
                 return
-            if self._crowded or not self.kv.can_admit(request, hits):
+            if not self.kv.can_admit(request, hits) or not self._admission.lets_in(request, num_cached, self.running):
                 return
-            load = load or self._load()
-            if not load.admits(request.num_tokens - num_cached, self._lengths.left(request)) and self.running:
-                self._crowded = True
-                return
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self._admit(draft, request, hits, num_cached)
             count = min(count, budget)
             allocated = self.kv.allocate(request, num_cached + count)
@@ -185,25 +202,16 @@ class Scheduler:
         """Lanes stay even, so that every pipeline stage finds rows whose tokens are not still being sampled."""
         return self._lane_sizes[self._lane] < -(-len(self._requests) // self.limits.num_lanes)
 
-    def _load(self) -> KVLoad:
-        """What the running requests hold and will; blocks that several share count once."""
-        pool, size = self.kv.pool, self.limits.block_size
-        load = KVLoad(pool.num_blocks * size, size)
-        shared = pool.num_used / max(1, sum(len(request.block_table) for request in self.running))
-        for request in self.running:
-            tokens = request.num_tokens + request.num_inflight_tokens
-            load.add(tokens * min(1.0, shared), 0 if request.finished else self._lengths.left(request))
-        return load
-
     def _burst_length(self) -> int:
         """Steps to grant: more than one only while every row decodes and nobody can be let in."""
         most = self.limits.decode_burst
         pending = [(request, self._pending(request)) for request in self.running]
         if most == 1 or any(count > 1 for _, count in pending):
             return 1
-        head = self._head()
+        head = self._waiting.head()
         if head is not None:
-            if self._free_rows and not self._crowded and self.kv.can_admit(head, self.kv.find_prefix(head)):
+            room = len(self.running) < self.limits.max_num_seqs and not self._admission.crowded
+            if room and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
         rows = [request for request, count in pending if count]
@@ -250,7 +258,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.stats.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._push(request)
+        self._waiting.push(request)
 
     def _admit(self, draft: Draft, request: Request, hits: list[int], num_cached: int) -> None:
         self.kv.admit(request, hits)
@@ -333,6 +341,8 @@ class Scheduler:
         self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids[kept:])
         if logprobs is not None:
             request.logprobs.append(TokenLogprobs(logprobs.ids[:kept], logprobs.logprobs[:kept], logprobs.ranks[:kept]))
+        if request.trust:
+            self.suspects.grown(request)
         if not request.finished:
             self.kv.remember(request)
 
@@ -368,28 +378,19 @@ class Scheduler:
             return
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
-        if request.finish_reason in ("stop", "length") and not is_fixed(request):
-            self._lengths.add(request.num_output_tokens)
+        self._admission.ended(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.source.number]
+        self.suspects.forget(request)
         finished.append(request)
 
     # ---- small things ------------------------------------------------------------------------------------------
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        self._crowded = False
+        self._admission.crowded = False
         self.kv.release(request)
         self._free_rows.append(request.row)
         self._lane_sizes[request.lane] -= 1
         request.row = -1
         request.num_granted_blocks = 0
-
-    def _push(self, request: Request) -> None:
-        priority = request.source.priority if self.limits.use_priority else 0
-        heapq.heappush(self._waiting, (priority, request.source.number, request))
-
-    def _head(self) -> Request | None:
-        while self._waiting and self._waiting[0][2].finished:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from shoal.driver.binding import Row
 from shoal.driver.jobs.faults import Fault
@@ -12,10 +11,27 @@ from shoal.driver.request import FinishedRequest
 
 @dataclass(slots=True)
 class Tries:
-    """How often an engine died with a row in it."""
+    """How often an engine died with a row in it. Deaths of ranks that the engine outlived are counted apart: it keeps
+    rows that may have killed them from the others by itself."""
 
     in_company: int = 0
     alone: int = 0
+    ranks_in_company: int = 0
+    ranks_alone: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.in_company + self.alone + self.ranks_in_company + self.ranks_alone
+
+    def add(self, alone: bool, of_ranks: bool) -> None:
+        """One more."""
+        if of_ranks:
+            self.ranks_alone += alone
+            self.ranks_in_company += not alone
+        else:
+            self.alone += alone
+            self.in_company += not alone
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +41,7 @@ class Work:
     index: int  # of the input row
     row_id: str
     key: bytes
-    columns: dict[str, Any]
+    raw: bytes  # its columns, as JSON: unpacked again only for its output
     row: Row
     tries: Tries = field(default_factory=Tries)
     results: dict[int, FinishedRequest] = field(default_factory=dict)  # by child
@@ -44,7 +60,7 @@ class Settled:
     location: int = -1  # of its record, where it has one
     row_id: str = ""
     key: bytes = b""
-    columns: dict[str, Any] | None = None
+    raw: bytes = b""
     fault: Fault | None = None
 
 

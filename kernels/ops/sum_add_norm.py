@@ -1,4 +1,4 @@
-"""sum_add_norm: an all-reduce's two halves with residual and norm between them, for one rank's share of rows."""
+"""sum_add_norm: the two halves of an all-reduce, with residual and norm between them, for one rank's rows."""
 
 from __future__ import annotations
 
