@@ -106,6 +106,10 @@ class ModelRunner:
         self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.num_layers)]
         self._make_graphs()
 
+    def release_kv(self) -> None:
+        """No cache, and nothing that holds it."""
+        self.kv_cache, self.graphs = [], None
+
     def _make_graphs(self) -> None:
         """Graphs hold addresses of weights and cache: new ones whenever either is."""
         self.graphs = None
@@ -137,7 +141,7 @@ class ModelRunner:
         hidden = self.model(batch, self.kv_cache)
         if self.stage.last:
             self.model.compute_logits(hidden[:rows]).float().softmax(-1)
-        self.kv_cache = []
+        self.release_kv()
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -162,14 +166,13 @@ class ModelRunner:
         """A plan in which every row decodes, by graphs."""
         assert self.graphs is not None
         plain = self.stage.last and self.sampling.is_plain(plan.rows)
-        longest = int(self.state.num_computed[plan.rows].max()) + plan.num_steps
         num_rows = 0
         for step in range(plan.num_steps):
             active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
             rows = plan.rows[active]
             if len(rows) != num_rows:
                 num_rows = len(rows)
-                self.graphs.set_rows(rows, longest)
+                self.graphs.set_rows(rows)
             self.pipeline.settle(rows, self.state)
             if self.graphs.hidden is not None:
                 self.graphs.hidden[:num_rows] = self._receive(num_rows)
@@ -264,7 +267,7 @@ class ModelRunner:
 
     def sleep(self, level: int) -> None:
         """Give memory back: the KV cache always; weights to host memory (level 1, on a GPU) or dropped (level 2)."""
-        self.kv_cache, self.graphs = [], None
+        self.release_kv()
         if level == 1 and self.device.type == "cuda":
             self.model.to("cpu")
         elif level == 2:

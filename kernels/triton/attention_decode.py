@@ -95,7 +95,7 @@ def _add_parts(
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "min_share"])
+@triton.jit(do_not_specialize=["num_rows", "min_share", "table_stride"])
 def decode_kernel(
     query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
     scale_log2, num_rows, min_share, query_stride, query_head_stride, block_stride, token_stride, head_stride,
