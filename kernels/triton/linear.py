@@ -43,6 +43,7 @@ LINEAR_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 1, 4, 6)),
     (64, LinearConfig(64, 32, 128, 1, 4, 6)),
     (128, LinearConfig(128, 32, 64, 1, 4, 6)),
+    (192, LinearConfig(64, 64, 64, 1, 4, 6)),
     (256, LinearConfig(128, 64, 64, 1, 4, 6)),
 )
 GATED_RULES: Rules = (
@@ -54,6 +55,7 @@ SPLIT_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 4, 4, 6)),
     (64, LinearConfig(64, 32, 128, 4, 4, 6)),
     (128, LinearConfig(64, 64, 128, 4, 4, 4)),
+    (192, LinearConfig(64, 64, 64, 4, 4, 6)),
     (256, LinearConfig(64, 64, 128, 2, 4, 4)),
 )
 
