@@ -20,6 +20,7 @@ import ray
 
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
 from shoal.driver.draft import Plan, SchedulerLimits
+from shoal.driver.engine_telemetry import EngineTelemetry
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
@@ -36,6 +37,7 @@ from shoal.driver.resolve import (
     scarcest,
 )
 from shoal.driver.scheduler import Scheduler
+from shoal.driver.secrecy import masked
 from shoal.driver.stop_strings import StopStrings
 from shoal.driver.worker_group import StepChannel, WorkerGroup
 from shoal.workers.config import LoadConfig, WorkerConfig
@@ -59,10 +61,11 @@ class Collected:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
+    num_preemptions: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         counts = (self.mark, self.num_running, self.num_waiting, self.kv_cache_usage, self.num_made_tokens)
-        return _unpack_collected, (pack_results(self.finished), *counts)
+        return _unpack_collected, (pack_results(self.finished), *counts, self.num_preemptions)
 
 
 def _unpack_collected(rows: list[tuple[Any, ...]], *counts: Any) -> Collected:
@@ -104,6 +107,7 @@ class Driver:
         self._channel: StepChannel
         self._scheduler: Scheduler
         self._resolved: ResolvedConfig
+        self._telemetry: EngineTelemetry
         self._thread: threading.Thread | None = None
 
     # ---- start and stop ----------------------------------------------------------------------------------------
@@ -126,6 +130,10 @@ class Driver:
         dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
         self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
         self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
+        tags = {"model": masked(config.model), "engine": ray.get_runtime_context().get_actor_id()}
+        self._telemetry = EngineTelemetry(self._scheduler, self._metrics, tags)
+        if not config.disable_log_stats:
+            self._telemetry.start()
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
         return resolved
@@ -135,20 +143,9 @@ class Driver:
         rows, tokens = resolve_budgets(config, max_model_len, group.probes)
         threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
         worker = WorkerConfig(
-            self._spec,
-            self._load,
-            0,
-            group.world_size,
-            device,
-            dtype,
-            config.block_size,
-            max_model_len,
-            rows,
-            tokens,
-            config.enforce_eager,
-            threads,
-            group.num_stages,
-        )
+            self._spec, self._load, 0, group.world_size, device, dtype, config.block_size, max_model_len, rows,
+            tokens, config.enforce_eager, threads, group.num_stages,
+        )  # fmt: skip
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S
         )
@@ -173,18 +170,11 @@ class Driver:
     def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
         config = self._config
         return SchedulerLimits(
-            resolved.max_model_len,
-            resolved.max_num_seqs,
-            resolved.max_num_batched_tokens,
-            resolved.num_blocks,
-            resolved.block_size,
-            resolved.decode_burst,
-            config.long_prefill_token_threshold,
-            config.enable_prefix_caching,
-            config.enable_chunked_prefill,
-            config.scheduling_policy == "priority",
+            resolved.max_model_len, resolved.max_num_seqs, resolved.max_num_batched_tokens, resolved.num_blocks,
+            resolved.block_size, resolved.decode_burst, config.long_prefill_token_threshold,
+            config.enable_prefix_caching, config.enable_chunked_prefill, config.scheduling_policy == "priority",
             resolved.pipeline_parallel_size,
-        )
+        )  # fmt: skip
 
     def shutdown(self) -> None:
         """End the ranks and give their resources back; requests that run are lost."""
@@ -192,6 +182,7 @@ class Driver:
         if self._thread is not None:
             self._inbox.put(None)
             self._thread.join(timeout=30)
+            self._telemetry.close()
         if self._placed:
             self._group.shutdown()
 
@@ -217,7 +208,8 @@ class Driver:
             self._check_alive()
         scheduler = self._scheduler
         pool, running, waiting = scheduler.kv.pool, len(scheduler.running), scheduler.num_waiting
-        return Collected(finished, mark, running, waiting, pool.num_used / pool.num_blocks, self.num_made_tokens())
+        kv_usage, preemptions = pool.num_used / pool.num_blocks, scheduler.stats.num_preemptions
+        return Collected(finished, mark, running, waiting, kv_usage, self.num_made_tokens(), preemptions)
 
     def num_made_tokens(self) -> int:
         """Tokens that were sampled since the start, those that were cut off again too. A dead engine still tells."""
@@ -317,9 +309,11 @@ class Driver:
         while self._may_schedule() and (plan := scheduler.schedule()) is not None:
             self._channel.send(plan.output.step_id, plan.output.encode())
             self._inflight.append(plan)
+            self._telemetry.sent()
         finished = scheduler.take_ended()
         if self._inflight:
             output = StepOutput.decode(self._channel.receive())
+            self._telemetry.received()
             finished += scheduler.update(self._inflight.popleft(), output)
         self._publish(finished)
         self._run_controls()
@@ -357,6 +351,7 @@ class Driver:
         results = []
         for request in requests:
             self._metrics.finished(request)
+            self._telemetry.finished(request)
             self._stop_strings.forget(request)
             results.append(_finished(request))
         with self._news:

@@ -150,7 +150,7 @@ class EngineConfig(BaseModel):
     """How long to wait for the cluster to place the ranks before saying what is missing."""
 
     disable_log_stats: bool = False
-    """True: no metrics in outputs, get_metrics() refuses."""
+    """True: no metrics in outputs nor for Prometheus, get_metrics() refuses."""
     use_tqdm_on_load: bool = True
     """A bar while weights load."""
 

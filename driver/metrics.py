@@ -86,6 +86,10 @@ class EngineMetrics:
         self._first_token.add(stats.first_token_latency)
         self._queue.add(stats.scheduled_ts - stats.arrival_time)
 
+    def finish_reasons(self) -> dict[str, int]:
+        """How many requests ended in each way."""
+        return dict(self._reasons)
+
     def read(self, scheduler: Scheduler) -> list[Metric]:
         """Everything, as of now."""
         stats, kv = scheduler.stats, scheduler.kv

@@ -29,6 +29,7 @@ class Collected(Protocol):
     num_waiting: int
     kv_cache_usage: float
     num_made_tokens: int
+    num_preemptions: int
 
 
 class EngineLike(Protocol):
@@ -87,7 +88,7 @@ class Replica:
         self.session = uuid.uuid4().hex[:12]
         self.generated = 0  # tokens it made, as it last said
         self.received = 0  # tokens that came from it, in results
-        self.num_running = self.num_waiting = 0
+        self.num_running = self.num_waiting = self.num_preemptions = 0
         self.kv_cache_usage = 0.0
         self.engine: EngineLike
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
@@ -148,5 +149,6 @@ class Replica:
             self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
             self.kv_cache_usage = collected.kv_cache_usage
             self.generated = collected.num_made_tokens
+            self.num_preemptions = collected.num_preemptions
             if collected.finished:
                 self._inbox.put(News(self, collected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,9 +34,9 @@ class Recovered:
 
 
 def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered:
-    """Reads the ledger; tokens are counted into `accounts`, rows only once they are met in the input."""
+    """Reads the ledger; what it says is counted into `accounts`."""
     found = Recovered()
-    errors: dict[bytes, int] = {}
+    errors: dict[bytes, tuple[int, str]] = {}
     for record in ledger.records():
         meta = record.meta
         kind = meta["t"]
@@ -50,12 +51,9 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
         if kind == "ok":
             errors.pop(key, None)
             found.done.add(key, record.location << 1)
-            prompt, completion, cached = meta["usage"]
-            accounts.prompt_tokens += prompt
-            accounts.committed_tokens += completion
-            accounts.cached_tokens += cached
+            accounts.answered(Usage(*meta["usage"]), meta.get("finish_reason"))
         elif kind == "err":
-            errors[key] = record.location << 1 | 1
+            errors[key] = record.location << 1 | 1, sys.intern(meta["code"])
         elif kind == "try":
             tries = found.tries.setdefault(key, Tries())
             tries.alone += meta["alone"]
@@ -63,9 +61,10 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
     if retry_errors:
         for key in errors:
             found.tries.pop(key, None)
-    else:
-        for key, value in errors.items():
-            found.done.add(key, value)
+        errors = {}
+    for key, (value, _) in errors.items():
+        found.done.add(key, value)
+    accounts.found(accounts.ok, dict(errors.values()))
     return found
 
 
@@ -76,6 +75,7 @@ class Committer:
         self.ledger, self.where = ledger, Numbers()
         self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
         self._synced = time.monotonic()
+        self._recorded: dict[str, int] = {}  # tokens that the ledger says an engine has made
         self.decoder: TextDecoder | None = None  # known with the model
 
     def settle(self, rows: Iterable[Settled]) -> list[int]:
@@ -84,11 +84,7 @@ class Committer:
         for row in rows:
             if row.fault is None:
                 self.where[row.index] = row.location >> 1
-                self._accounts.resumed += 1
-                if row.location & 1:
-                    self._accounts.failed("from an earlier run")
-                else:
-                    self._accounts.ok += 1
+                self._accounts.met(row.location, bool(row.location & 1))
             else:
                 self._error(row.index, row.row_id, row.key, row.raw, row.fault)
                 new.append(row.index)
@@ -117,7 +113,7 @@ class Committer:
         self.where[work.index] = self.ledger.append(
             meta, dump(self._form.answer(work.row_id, parse_object(work.raw), output))
         )
-        self._accounts.answered(usage)
+        self._accounts.answered(usage, children[0].finish_reason)
 
     def error(self, work: Work, fault: Fault) -> None:
         """A row that will have no answer."""
@@ -138,16 +134,22 @@ class Committer:
 
     def made(self, session: str, tokens: int) -> None:
         """Tokens that an engine has made so far."""
-        if self._accounts.generated.get(session) != tokens:
-            self._accounts.generated[session] = tokens
+        self._accounts.generated[session] = tokens
+        if self._recorded.get(session) != tokens:
+            self._recorded[session] = tokens
             self.ledger.append({"t": "engine", "session": session, "generated": tokens})
 
-    def sync(self, force: bool = False) -> bool:
-        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried."""
+    def is_due(self) -> bool:
+        """There are enough answers to make durable, or they are old enough."""
         waiting = self.ledger.num_unsynced
-        now = time.monotonic()
-        if not force and (waiting == 0 or (waiting < self._commit_rows and now - self._synced < _SYNC_S)):
+        return waiting >= self._commit_rows or (waiting > 0 and time.monotonic() - self._synced >= _SYNC_S)
+
+    def sync(self, force: bool = False) -> bool:
+        """Makes answers durable when that is due. True where it was tried."""
+        if not force and not self.is_due():
             return False
         self.ledger.sync(force)
-        self._synced = now
+        self._synced = time.monotonic()
+        if not self.ledger.num_unsynced:
+            self._accounts.mark_durable()
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,12 +11,13 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.dispatch import Dispatcher
-from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.events import Exhausted, NeedEngine
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.feeder import Feeder
+from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.outcome import Exit, JobError
 from shoal.driver.jobs.state.store import LedgerFullError
 from shoal.driver.jobs.stop import StopRequest
@@ -94,6 +96,7 @@ class Runner:
                 self._sync()
                 self._feed()
                 self._observe()
+                self._hooks.tick()
         finally:
             self._feeder.stop()
             for replica in self.replicas.values():
@@ -105,6 +108,14 @@ class Runner:
         for replica in self.replicas.values():
             replica.join(max(0.0, deadline - time.monotonic()))
             self._committer.made(replica.session, self._made(replica))
+        self._dispatcher.lanes.clear()
+        self._samples.finish()
+        self._observe()
+
+    @property
+    def num_up(self) -> int:
+        """Engines that can take rows."""
+        return len(self._dispatcher.lanes)
 
     def _ended(self) -> bool:
         """Nothing is left to do, or a stop was asked for and obeyed; and what was done is durable."""
@@ -125,6 +136,7 @@ class Runner:
     def _begin_drain(self) -> None:
         """Rows that cannot be running yet go back; what runs may finish."""
         LOGGER.info("stopping: rows at work get %.0f s to finish; ask again to end now", self._stop.left_s)
+        self._samples.event("stop", f"a stop was asked for; rows at work get {self._stop.left_s:.0f} s to finish")
         self._feeder.stop()
         for number, lane in self._dispatcher.lanes.items():
             excess, unstarted = lane.num_sequences - lane.slots, []
@@ -166,6 +178,7 @@ class Runner:
                 raise event.error
             self._exhausted = True
             self._accounts.total_rows = event.num_rows
+            self._accounts.forget_unmet()
 
     def _on_news(self, event: News) -> None:
         for result in event.collected.finished:
@@ -189,10 +202,15 @@ class Runner:
         self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
         for work in chunk.work:
             self._dispatcher.add(work)
+            assert self._tools is not None
+            self._accounts.begun_rows += 1
+            self._accounts.begun_limit += work.size * self._tools.binder.room(work.row)
         self._check_errors()
 
     def _on_up(self, replica: Replica) -> None:
         self._boot_failures.pop(replica.number, None)
+        self._samples.engines[replica.number] = dataclasses.asdict(replica.engine.resolved)
+        self._samples.event("engine_up", f"replica {replica.number} is up")
         if self._stop.asked:
             return
         if self._tools is None:
@@ -212,6 +230,8 @@ class Runner:
         self._deaths_in_a_row += 1
         verdict = self._dispatcher.died(replica.number)
         LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), _short(error))
+        said = f"replica {replica.number} died with {len(verdict.tried)} rows in it: {_short(error)}"
+        self._samples.event("engine_death", said)
         self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
         for work, alone in verdict.tried:
             self._committer.tried(work, alone)
@@ -234,6 +254,7 @@ class Runner:
             f"the last time: {_short(error)}"
         )
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
+        self._samples.event("quarantine", f"row {work.row_id} is put aside: {message}")
         self._committer.error(work, Fault("engine_killed", "engine", message))
         self._committer.cleared()
         self._unsynced.append(work.index)
@@ -250,6 +271,7 @@ class Runner:
             raise JobError(Exit.FAILED, str(error))
         failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
         LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
+        self._samples.event("boot_failure", f"replica {replica.number} did not start: {_short(error)}")
         if failures < _MOST_BOOT_FAILURES:
             start = self._hooks.start_engine
             self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
@@ -313,36 +335,46 @@ class Runner:
         """A full disk pauses the job: nothing is given out until there is room again."""
         if self._full_since and not force and time.monotonic() - self._full_since < _FULL_RETRY_S:
             return
+        if force or self._committer.is_due():  # a kill may come at any time, and tokens are to add up after it
+            for replica in self.replicas.values():
+                self._committer.made(replica.session, self._made(replica))
         try:
             tried = self._committer.sync(force)
         except LedgerFullError as error:
             if not self._full_since:
                 LOGGER.error("paused, nothing is lost: %s. Make room, and the job goes on by itself", error)
+                self._samples.event("paused", str(error))
             self._full_since = time.monotonic()
             return
         if self._full_since and tried:
             LOGGER.info("there is room again: the job goes on")
+            self._samples.event("resumed", "there is room again")
             self._full_since = 0.0
         if self._unsynced and not self._committer.ledger.num_unsynced:
             settled, self._unsynced = self._unsynced, []
             self._hooks.settled(settled, True)
 
     def _observe(self) -> None:
-        self._accounts.mark()
-        running = sum(replica.num_running for replica in self.replicas.values())
-        replicas = list(self.replicas.values())
+        accounts, replicas = self._accounts, list(self.replicas.values())
+        at_work = [replica for replica in replicas if replica.number in self._dispatcher.lanes]
+        for replica in at_work:
+            accounts.generated[replica.session] = self._made(replica)
+        accounts.in_flight_tokens = sum(self._made(replica) - replica.received for replica in at_work)
+        accounts.mark()
         self._samples.add(
-            settled=self._accounts.settled,
-            committed_tokens=self._accounts.committed_tokens,
-            prompt_tokens=self._accounts.prompt_tokens,
-            cached_tokens=self._accounts.cached_tokens,
-            running=running,
-            waiting=sum(replica.num_waiting for replica in replicas),
+            settled=accounts.settled,
+            errors=accounts.errors,
+            committed_tokens=accounts.committed_tokens,
+            generated_tokens=accounts.generated_tokens,
+            prompt_tokens=accounts.prompt_tokens,
+            cached_tokens=accounts.cached_tokens,
+            running=sum(replica.num_running for replica in at_work),
+            waiting=sum(replica.num_waiting for replica in at_work),
             slots=sum(lane.slots for lane in self._dispatcher.lanes.values()),
-            kv_cache_usage=max((replica.kv_cache_usage for replica in replicas), default=0.0),
-            deaths=self._accounts.engine_deaths,
+            kv_cache_usage=max((replica.kv_cache_usage for replica in at_work), default=0.0),
+            preemptions=sum(replica.num_preemptions for replica in replicas),
+            deaths=accounts.engine_deaths,
         )
-        self._hooks.tick()
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)
