@@ -46,6 +46,10 @@ class EngineTelemetry:
         self._steps.append(now - max(self._sent.popleft(), self._received))
         self._received = now
 
+    def lost(self) -> None:
+        """No results will come of the plans that are with the ranks."""
+        self._sent.clear()
+
     def finished(self, request: Request) -> None:
         """A request ended."""
         stats = request.stats

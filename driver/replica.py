@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 
 from shoal.driver.log import LOGGER
-from shoal.driver.request import EngineRequest, FinishedRequest
+from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
@@ -30,6 +30,7 @@ class Collected(Protocol):
     kv_cache_usage: float
     num_made_tokens: int
     num_preemptions: int
+    deaths: list[Death]
 
 
 class EngineLike(Protocol):
@@ -150,5 +151,5 @@ class Replica:
             self.kv_cache_usage = collected.kv_cache_usage
             self.generated = collected.num_made_tokens
             self.num_preemptions = collected.num_preemptions
-            if collected.finished:
+            if collected.finished or collected.deaths:
                 self._inbox.put(News(self, collected))

@@ -45,7 +45,7 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
             continue
         if kind == CLEARED:
             for tries in found.tries.values():
-                tries.in_company = 0
+                tries.in_company = tries.ranks_in_company = 0
             continue
         key = bytes.fromhex(meta["key"])
         if kind == "ok":
@@ -56,8 +56,7 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
             errors[key] = record.location << 1 | 1, sys.intern(meta["code"])
         elif kind == "try":
             tries = found.tries.setdefault(key, Tries())
-            tries.alone += meta["alone"]
-            tries.in_company += not meta["alone"]
+            tries.add(meta["alone"], meta.get("ranks", False))
     if retry_errors:
         for key in errors:
             found.tries.pop(key, None)
@@ -98,7 +97,8 @@ class Committer:
             work.row_id, row.prompt, row.token_ids, row.bound.params, children, self.decoder, log_stats=False
         )
         if output.error is not None:
-            self.error(work, Fault("engine_refused", "engine", output.error))
+            codes = [child.error_code for child in children if child.error_code is not None]
+            self.error(work, Fault(codes[0] if codes else "engine_refused", "engine", output.error))
             return
         usage = Usage(len(row.token_ids), sum(len(one.token_ids) for one in children), children[0].num_cached_tokens)
         meta = {
@@ -108,7 +108,7 @@ class Committer:
             "index": work.index,
             "usage": [usage.prompt, usage.completion, usage.cached],
             "finish_reason": children[0].finish_reason,
-            "attempt": 1 + work.tries.alone + work.tries.in_company,
+            "attempt": 1 + work.tries.total,
         }
         self.where[work.index] = self.ledger.append(
             meta, dump(self._form.answer(work.row_id, parse_object(work.raw), output))
@@ -124,9 +124,10 @@ class Committer:
         self.where[index] = self.ledger.append(meta, dump(self._form.failure(row_id, columns_of(raw), fault)))
         self._accounts.failed(fault.code)
 
-    def tried(self, work: Work, alone: bool) -> None:
-        """An engine died with the row in it."""
-        self.ledger.append({"t": "try", "id": work.row_id, "key": work.key.hex(), "alone": alone})
+    def tried(self, work: Work, alone: bool, of_ranks: bool = False) -> None:
+        """An engine, or only its ranks, died with the row in it."""
+        meta = {"t": "try", "id": work.row_id, "key": work.key.hex(), "alone": alone, "ranks": of_ranks}
+        self.ledger.append(meta)
 
     def cleared(self) -> None:
         """A guilty row was found: nothing is held against the others."""

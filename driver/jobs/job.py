@@ -12,6 +12,7 @@ from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer, recover
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.display import Display
+from shoal.driver.jobs.events import Hooks
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.history import Samples
@@ -24,7 +25,7 @@ from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.pipeline import Recipe, prepared_tables
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
-from shoal.driver.jobs.runner import Hooks, Runner
+from shoal.driver.jobs.runner import Runner
 from shoal.driver.jobs.scan import Duplicates, Scanner, detect_form, validate
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
@@ -214,7 +215,7 @@ class Job:
         intake = Intake(
             lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
         )
-        hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled)
+        hooks = Hooks(self._model.starter(self._config.solo_deaths), self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         try:
             self._runner.run()

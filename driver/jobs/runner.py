@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.dispatch import Dispatcher
+from shoal.driver.healing import EngineDeadError
 from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer
 from shoal.driver.jobs.config import JobConfig
-from shoal.driver.jobs.events import Exhausted, NeedEngine
+from shoal.driver.jobs.events import Exhausted, Hooks, NeedEngine
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.feeder import Feeder
 from shoal.driver.jobs.history import Samples
-from shoal.driver.jobs.outcome import Exit, JobError
+from shoal.driver.jobs.outcome import Exit, JobError, brief, brief_error
 from shoal.driver.jobs.state.store import LedgerFullError
 from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.log import LOGGER
-from shoal.driver.replica import Down, News, Replica, StartEngine, Up
+from shoal.driver.replica import Down, News, Replica, Up
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.intake import Intake
     from shoal.driver.jobs.model import ModelTools
-    from shoal.driver.request import EngineRequest
+    from shoal.driver.request import Death, EngineRequest
 
 TICK_S = 0.1
 _CHUNKS_AHEAD = 4
@@ -36,16 +36,6 @@ _MOST_BOOT_FAILURES = 3  # in a row, of one replica
 _FULL_RETRY_S = 1.0
 RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
 _PERCENT_FROM = 200  # rows read before a share of errors means anything
-
-
-@dataclass(slots=True)
-class Hooks:
-    """What the runner calls."""
-
-    start_engine: StartEngine
-    make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
-    tick: Callable[[], None]  # several times a second
-    settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
 
 
 @dataclass(slots=True)
@@ -181,6 +171,8 @@ class Runner:
             self._accounts.forget_unmet()
 
     def _on_news(self, event: News) -> None:
+        for death in event.collected.deaths:
+            self._on_death(event.replica, death)
         for result in event.collected.finished:
             sent = self._sent.pop(result.number, None)
             if sent is None:  # of a row that was moved to another engine
@@ -192,8 +184,36 @@ class Runner:
                 self._dispatcher.done(sent.replica, work)
                 self._committer.answer(work)
                 self._unsynced.append(work.index)
-                self._deaths_in_a_row = 0
+                if any(one.error_code == "engine_killed" for one in work.results.values()):
+                    self._committer.cleared()
+                    self._accounts.quarantined += 1
+                    self._samples.event("quarantine", f"row {work.row_id} is put aside: the ranks died with it")
+                else:
+                    self._deaths_in_a_row = 0
                 self._check_errors()
+
+    def _on_death(self, replica: Replica, death: Death) -> None:
+        """Ranks died. Their engine deals with it, or gives up; what it found out is made to outlive it."""
+        said = f"replica {replica.number}: its ranks died with {len(death.tried)} rows in them: {brief(death.reason)}"
+        LOGGER.warning("%s", said)
+        self._samples.event("engine_death", said)
+        for number, alone in death.tried:
+            sent = self._sent.get(number)
+            if sent is not None:
+                sent.work.tries.add(alone, of_ranks=True)
+                self._committer.tried(sent.work, alone, of_ranks=True)
+        self._sync(force=True)
+        self._count_death(death.reason)
+
+    def _count_death(self, reason: str) -> None:
+        self._accounts.engine_deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self._config.max_restarts:
+            raise JobError(
+                Exit.FAILED,
+                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
+                f"{self._config.max_restarts}); the last time: {brief(reason)}",
+            )
 
     def _on_chunk(self, chunk: Chunk) -> None:
         self._feeder.received()
@@ -226,11 +246,9 @@ class Runner:
         if not event.booted:
             self._on_failed_boot(replica, error)
             return
-        self._accounts.engine_deaths += 1
-        self._deaths_in_a_row += 1
         verdict = self._dispatcher.died(replica.number)
-        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), _short(error))
-        said = f"replica {replica.number} died with {len(verdict.tried)} rows in it: {_short(error)}"
+        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), brief_error(error))
+        said = f"replica {replica.number} died with {len(verdict.tried)} rows in it: {brief_error(error)}"
         self._samples.event("engine_death", said)
         self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
         for work, alone in verdict.tried:
@@ -238,12 +256,8 @@ class Runner:
         if verdict.guilty is not None:
             self._put_aside(verdict.guilty, error)
         self._sync(force=True)
-        if self._deaths_in_a_row > self._config.max_restarts:
-            raise JobError(
-                Exit.FAILED,
-                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
-                f"{self._config.max_restarts}); the last time: {_short(error)}",
-            )
+        if not isinstance(error, EngineDeadError):  # else it has told of the death already
+            self._count_death(brief_error(error))
         if not self._stop.asked:
             self.replicas[replica.number] = Replica(replica.number, self._hooks.start_engine, self._inbox)
 
@@ -251,7 +265,7 @@ class Runner:
         tries = work.tries
         message = (
             f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {_short(error)}"
+            f"the last time: {brief_error(error)}"
         )
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
         self._samples.event("quarantine", f"row {work.row_id} is put aside: {message}")
@@ -262,7 +276,7 @@ class Runner:
         self._check_errors()
 
     def _on_failed_boot(self, replica: Replica, error: BaseException) -> None:
-        from shoal.driver.worker_group import PlacementError
+        from shoal.driver.placement import PlacementError
 
         self._accounts.boot_failures += 1
         if isinstance(error, (ValueError, TypeError)):  # the user's: trying again changes nothing
@@ -270,15 +284,15 @@ class Runner:
         if isinstance(error, PlacementError) and self._tools is None:
             raise JobError(Exit.FAILED, str(error))
         failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
-        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
-        self._samples.event("boot_failure", f"replica {replica.number} did not start: {_short(error)}")
+        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, brief_error(error))
+        self._samples.event("boot_failure", f"replica {replica.number} did not start: {brief_error(error)}")
         if failures < _MOST_BOOT_FAILURES:
             start = self._hooks.start_engine
             self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
             return
         del self.replicas[replica.number]
         if not self.replicas:
-            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {_short(error)}")
+            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {brief_error(error)}")
         LOGGER.warning("going on with %d of %d replicas", len(self.replicas), self._config.replicas)
 
     def _check_errors(self) -> None:
@@ -319,6 +333,8 @@ class Runner:
             self._next_number += work.size
             made = self._tools.binder.requests(work.row, 0, work.size)
             self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
+            for request in made:
+                request.num_solo_deaths = work.tries.ranks_alone
             requests += made
         self.replicas[number].submit(requests)
 
@@ -378,10 +394,3 @@ class Runner:
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)
-
-
-def _short(error: BaseException) -> str:
-    """An error in one line: a rank's whole traceback is in the log already."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
-    return f"{type(error).__name__}: {text}"[:500]
