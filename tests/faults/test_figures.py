@@ -1,7 +1,8 @@
-"""How soon faults are noticed and how long healing takes, for docs/reliability.md: `pytest -m soak -s` prints the rows."""
+"""How soon faults are noticed and how long healing takes, as docs/reliability.md has it: `pytest -m soak -s`."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import statistics
@@ -73,7 +74,7 @@ def test_how_soon(ray_cluster, make_llm, what) -> None:
         thread.start()
         assert ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected, "nothing is lost, nothing is made twice"
         thread.join()
-        gaps = [later - earlier for earlier, later in zip(answers, answers[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(answers)]
         healed.append(max(gaps))
         llm.shutdown()
     print(
