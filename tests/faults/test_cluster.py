@@ -19,7 +19,7 @@ def seen(tmp_path_factory):
     path = tmp_path_factory.mktemp("cluster") / "seen.json"
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     root = str(SCRIPT.parents[2])
-    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([root, str(SCRIPT.parent), *filter(None, [env.get("PYTHONPATH")])])
     ran = subprocess.run(
         [sys.executable, str(SCRIPT), str(path)], env=env, capture_output=True, text=True, timeout=280, check=False
     )

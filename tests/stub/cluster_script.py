@@ -61,6 +61,8 @@ class Inside:
     """An engine that is made within an actor whose placement group takes in what its actors start."""
 
     def run(self, model):
+        import stub_ranks
+
         stub_ranks.install()
         with make(model, device="cpu", tensor_parallel_size=2) as llm:
             captured = ray.get(llm.llm_engine._driver.captured.remote())
