@@ -158,6 +158,12 @@ def test_no_token_no_answer(head):
     assert head.status_of("/api/jobs/", head.token) == 200
     for token in (None, "0" * 64):
         assert head.status_of("/api/jobs/", token) in (401, 403)
+    address = (
+        f"127.0.0.1:{head.ports['port']}"  # what the images' HEALTHCHECK runs; in a container Ray finds the address
+    )
+    for env, works in ((head.env, True), (head.env | {"RAY_AUTH_TOKEN": "0" * 64}, False)):
+        asked = subprocess.run([RAY, "health-check", "--address", address], env=env, capture_output=True, timeout=120)
+        assert (asked.returncode == 0) == works, asked.stderr
 
 
 def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
