@@ -192,8 +192,8 @@ def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
 
 def test_a_head_that_goes_lets_jobs_finish_what_they_began(head, tiny_checkpoint, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    expected = write_rows(source, 1500, "row")
-    line = command(tiny_checkpoint("llama"), source, output, 100)
+    expected = write_rows(source, 600, "row")
+    line = command(tiny_checkpoint("llama"), source, output, 80)
     process = head.submit("stopped", *line)
     folder, deadline = Path(f"{output}.shoal"), time.monotonic() + 300
     while not any(b'"t":"ok"' in path.read_bytes() for path in folder.glob("ledger-*.jsonl")):
