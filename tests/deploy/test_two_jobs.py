@@ -54,16 +54,30 @@ class Head:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """`ray start` gives its raylet 30 s and no more, which a busy machine may need: it gets three tries."""
+        for _ in range(3):
+            if self.begin():
+                return
+            self.stop()
+        raise AssertionError(self.log())
+
+    def begin(self) -> bool:
+        """Whether a head came up."""
         command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--num-gpus=0", "--dashboard-host=127.0.0.1"]
         command += [f"--{name}={port}" for name, port in self.ports.items()]
         command += [f"--temp-dir={self.folder}", "--object-store-memory=200000000", "--disable-usage-stats"]
         with (self.folder / "head.log").open("wb") as log:
             self.process = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while self.status_of("/api/version", self.token) != 200:
-            assert self.process.poll() is None, (self.folder / "head.log").read_text()
-            assert time.monotonic() < deadline, "the job server does not answer"
+        deadline = time.monotonic() + 300
+        while self.status_of("/api/version", self.token) != 200 or "Ray runtime started" not in self.log():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return False
             time.sleep(0.5)
+        return True
+
+    def log(self) -> str:
+        """What `ray start` has printed."""
+        return (self.folder / "head.log").read_text()
 
     def status_of(self, path: str, token: str | None) -> int:
         """HTTP status of a page; 0 where nothing answers."""
@@ -105,6 +119,7 @@ class Head:
             time.sleep(0.2)
         for pid in self.pids():
             os.kill(pid, signal.SIGKILL)
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # or the next try joins what is gone
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +158,12 @@ def test_no_token_no_answer(head):
     assert head.status_of("/api/jobs/", head.token) == 200
     for token in (None, "0" * 64):
         assert head.status_of("/api/jobs/", token) in (401, 403)
+    address = (
+        f"127.0.0.1:{head.ports['port']}"  # what the images' HEALTHCHECK runs; in a container Ray finds the address
+    )
+    for env, works in ((head.env, True), (head.env | {"RAY_AUTH_TOKEN": "0" * 64}, False)):
+        asked = subprocess.run([RAY, "health-check", "--address", address], env=env, capture_output=True, timeout=120)
+        assert (asked.returncode == 0) == works, asked.stderr
 
 
 def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
@@ -171,8 +192,8 @@ def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
 
 def test_a_head_that_goes_lets_jobs_finish_what_they_began(head, tiny_checkpoint, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    expected = write_rows(source, 1500, "row")
-    line = command(tiny_checkpoint("llama"), source, output, 100)
+    expected = write_rows(source, 600, "row")
+    line = command(tiny_checkpoint("llama"), source, output, 80)
     process = head.submit("stopped", *line)
     folder, deadline = Path(f"{output}.shoal"), time.monotonic() + 300
     while not any(b'"t":"ok"' in path.read_bytes() for path in folder.glob("ledger-*.jsonl")):
