@@ -148,6 +148,7 @@ class Driver:
             config.enforce_eager,
             threads,
             group.num_stages,
+            config.disable_custom_all_reduce,
         )
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S

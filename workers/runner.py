@@ -49,6 +49,8 @@ class ModelRunner:
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
+        if not config.disable_custom_all_reduce:
+            tp.open_peers(config.max_num_batched_tokens, self.spec.hidden_size, self.dtype, self.device)
         self.model: Any = None
         self.kv_cache: list[torch.Tensor] = []
         self.graphs: DecodeGraphs | None = None
@@ -174,7 +176,7 @@ class ModelRunner:
             if self.graphs.hidden is not None:
                 self.graphs.hidden[:num_rows] = self._receive(num_rows)
             if not self.stage.last:
-                self._pass_on(self.graphs.logits()[:num_rows].clone(), rows)  # a clone: the next replay writes there
+                self._pass_on(self.graphs.logits()[:num_rows], rows)
             elif plain:
                 out.put(active, step, self.graphs.decode()[:num_rows])
                 self.pipeline.give_back(rows, self.state)

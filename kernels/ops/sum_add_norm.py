@@ -1,4 +1,4 @@
-"""sum_add_norm: an all-reduce's two halves with the residual and the norm between them, for one rank's share of rows."""
+"""sum_add_norm: an all-reduce with the residual and the norm inside, for one rank's share of the rows."""
 
 from __future__ import annotations
 
