@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.kernels.ops.sum_add_norm import sum_add_norm
+from shoal.workers.overlap import Overlap, StreamLink
 
 if TYPE_CHECKING:
     from shoal.workers.layers.norm import RMSNorm
@@ -33,10 +34,11 @@ class PeerMemory:
         self.rank, self.world_size = rank, world_size
         self._handle = handle
         _, self.num_rows, self._size = buffer.shape
-        self._parts, self._sums = buffer[:1], buffer[1:]
-        shared = [handle.get_buffer(peer, buffer.shape, buffer.dtype) for peer in range(world_size)]
-        places = [[peer[half].data_ptr() for peer in shared] for half in range(2)]
+        self.own_parts, self.own_sums = buffer
+        self.buffers = [handle.get_buffer(peer, buffer.shape, buffer.dtype) for peer in range(world_size)]  # by rank
+        places = [[peer[half].data_ptr() for peer in self.buffers] for half in range(2)]
         self._addresses = torch.tensor(places, dtype=torch.int64, device=buffer.device)
+        self.overlap: Overlap | None = None
 
     @classmethod
     def open(
@@ -56,7 +58,11 @@ class PeerMemory:
         import torch.distributed._symmetric_memory as symmetric
 
         buffer = symmetric.empty((2, rows, size), dtype=dtype, device=device).zero_()
-        return cls(symmetric.rendezvous(buffer, group), buffer, rank, world_size)
+        words = symmetric.empty((2, world_size), dtype=torch.int32, device=device).zero_()
+        torch.cuda.synchronize()  # zero before others write
+        peers = cls(symmetric.rendezvous(buffer, group), buffer, rank, world_size)
+        peers.overlap = Overlap(peers, StreamLink(symmetric.rendezvous(words, group), words, rank, world_size))
+        return peers
 
     def linear_add_norm(
         self,
@@ -70,30 +76,39 @@ class PeerMemory:
         """RowParallelLinear.add_norm. The first result lives until the next call; of the second, only this rank's rows
         are kept up: nobody else needs them."""
         num_rows = x.shape[0]
-        part = self._parts[0, :num_rows]
+        first = 0 if self.overlap is None or self.overlap.first is None else self.overlap.first
+        part = self.own_parts[first : first + num_rows]
         torch.mm(x, weight.t(), out=part)
         if bias is not None and self.rank == 0:
             part += bias
         if scale != 1.0:
             part *= scale
-        self._sum(num_rows, self._size, residual, norm)
-        return self._sums[0, :num_rows], residual
+        if self.overlap is not None and self.overlap.first is not None:
+            self.overlap.sum(num_rows, residual, norm)
+        else:
+            self._sum(num_rows, self._size, residual, norm)
+        return self.own_sums[first : first + num_rows], residual
+
+    def share(self, num_rows: int) -> tuple[int, int]:
+        """(first row, number of rows) of `num_rows` that this rank adds up."""
+        return share_of(num_rows, self.rank, self.world_size)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The sum of a [rows, size] tensor over the ranks, if it is small enough to be faster than NCCL's."""
-        if tensor.dim() != 2 or tensor.dtype != self._parts.dtype or tensor.numel() > self._parts.numel():
+        if tensor.dim() != 2 or tensor.dtype != self.own_parts.dtype or tensor.numel() > self.own_parts.numel():
             return None
         num_bytes = tensor.numel() * tensor.element_size()
         if num_bytes > _COPY_BYTES or tensor.shape[1] * tensor.element_size() % 16:
             return None
-        self._parts.view(-1)[: tensor.numel()].copy_(tensor.reshape(-1))
+        self.own_parts.view(-1)[: tensor.numel()].copy_(tensor.reshape(-1))
         self._sum(tensor.shape[0], tensor.shape[1], None, None)
-        return self._sums.view(-1)[: tensor.numel()].view(tensor.shape).clone()
+        summed: torch.Tensor = self.own_sums.view(-1)[: tensor.numel()].view(tensor.shape)
+        return summed.clone()
 
     def _sum(self, num_rows: int, size: int, residual: torch.Tensor | None, norm: RMSNorm | None) -> None:
-        first, count = share_of(num_rows, self.rank, self.world_size)
+        first, count = self.share(num_rows)
         parts, sums = (
-            half.view(1, -1)[:, : num_rows * size].view(1, num_rows, size) for half in (self._parts, self._sums)
+            half.view(-1)[: num_rows * size].view(1, num_rows, size) for half in (self.own_parts, self.own_sums)
         )
         own = None if residual is None else residual[first : first + count]
         self._handle.barrier(channel=0)  # every rank's part is there

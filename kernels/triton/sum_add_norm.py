@@ -20,8 +20,8 @@ def _place(own_ptr, addresses_ptr, rank, stride, REMOTE: tl.constexpr):
 
 @triton.jit
 def sum_add_norm_kernel(
-    parts_ptr, sums_ptr, residual_ptr, weight_ptr, addresses_ptr, eps, first, stride,
-    WORLD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REMOTE: tl.constexpr,
+    parts_ptr, sums_ptr, residual_ptr, weight_ptr, own_ptr, addresses_ptr, eps, first, stride,
+    WORLD: tl.constexpr, PLACES: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REMOTE: tl.constexpr,
 ):  # fmt: skip
     """Row first + program id; a rank's rows are `stride` elements after the last rank's, or at its address."""
     index = tl.program_id(0).to(tl.int64)
@@ -35,6 +35,8 @@ def sum_add_norm_kernel(
     for rank in tl.static_range(WORLD):
         part = tl.load(_place(parts_ptr, addresses_ptr, rank, stride, REMOTE) + row, mask=mask, other=0.0)
         total += part.to(tl.float32)
+    if own_ptr is not None:
+        total += tl.load(own_ptr + index * SIZE + offs, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         total += residual.to(tl.float32)
     out = total.to(dtype)
@@ -45,7 +47,7 @@ def sum_add_norm_kernel(
         wide = out.to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
         out = ((wide * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
-    for rank in tl.static_range(WORLD):
+    for rank in tl.static_range(PLACES):
         tl.store(_place(sums_ptr, addresses_ptr + WORLD, rank, stride, REMOTE) + row, out, mask=mask)
 
 
@@ -58,11 +60,13 @@ def sum_add_norm(
     first: int,
     count: int,
     addresses: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
 ) -> None:
     """See kernels/ops/sum_add_norm.py."""
     assert parts.is_contiguous()
     assert sums.is_contiguous()
     assert residual is None or residual.is_contiguous()
+    assert own is None or own.is_contiguous()
     if not count:
         return
     world, rows, size = parts.shape
@@ -71,11 +75,13 @@ def sum_add_norm(
         sums,
         residual,
         weight,
+        own,
         parts if addresses is None else addresses,  # not read
         eps,
         first,
         rows * size,
         WORLD=world if addresses is None else addresses.shape[1],
+        PLACES=sums.shape[0] if addresses is None else addresses.shape[1],
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
         REMOTE=addresses is not None,

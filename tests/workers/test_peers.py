@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from shoal.workers import peers
+from shoal.workers import overlap, peers
 from shoal.workers.layers.linear import RowParallelLinear
 from shoal.workers.layers.norm import RMSNorm
+from shoal.workers.models.registry import load_model_class
+from shoal.workers.models.spec import ModelSpec, RopeSpec
+from shoal.workers.overlap import DONE, READY, Overlap
 from shoal.workers.parallel import TensorParallel
 from shoal.workers.peers import PeerMemory, share_of
+from shoal.workers.plan import NewRow, RowSampling, SchedulerOutput
+from shoal.workers.state import BatchState
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_in_the_interpreter")
 ROWS, INPUTS, SIZE = 8, 12, 20
@@ -127,6 +135,103 @@ def test_all_reduce_of_other_widths() -> None:
         assert refused == [None] * 3
 
 
+class ThreadLink:
+    """A link without streams: sums are done at once."""
+
+    def __init__(self, meet: threading.Barrier) -> None:
+        self.meeting = meet
+
+    def apart(self) -> Any:
+        return contextlib.nullcontext()
+
+    def mark(self) -> None:
+        return None
+
+    def join(self, mark: None) -> None:
+        assert mark is None
+
+    def meet(self, kind: int) -> None:
+        assert kind in (READY, DONE)
+        self.meeting.wait(timeout=60)
+
+
+@dataclass
+class Source:
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def load(self) -> torch.Tensor:
+        return self.tensor
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        return self.tensor.narrow(dim, start, length)
+
+
+def checkpoint(spec: ModelSpec) -> list[Source]:
+    generator, sources = torch.Generator().manual_seed(3), []
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    heads, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (spec.vocab_size, hidden), "norm": (hidden,)}
+    for layer in range(spec.num_layers):
+        for name, shape in {
+            "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, heads), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }.items():  # fmt: skip
+            shapes[f"layers.{layer}.{name}"] = shape
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator) * 0.3 + (1.0 if len(shape) == 1 else 0.0)
+        sources.append(Source(f"model.{name}.weight", tensor))
+    return sources
+
+
+@interpreted
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_halves_of_a_step_equal_one_rank(world_size, monkeypatch) -> None:
+    """A prefill of four rows, whole and cut in two, on ranks that sum through shared memory."""
+    spec = ModelSpec(
+        architecture="LlamaForCausalLM", model_type="llama", vocab_size=50, hidden_size=SIZE, num_layers=3,
+        num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=8, max_position_embeddings=32,
+        rope=RopeSpec(), tie_word_embeddings=True, attention_scale=0.5,
+    )  # fmt: skip
+    lengths = np.array([2, 3, 1, 2], np.int32)
+    monkeypatch.setattr(overlap, "sum_add_norm", peers.sum_add_norm)
+    meet = threading.Barrier(world_size)
+
+    def run(tp: TensorParallel) -> list[torch.Tensor]:
+        model = load_model_class(spec.architecture)(spec, tp)
+        model.load_weights(checkpoint(spec))
+        state = BatchState(4, 16, 4, torch.device("cpu"))
+        rows = np.arange(4, dtype=np.int32)
+        ones = np.ones(4, np.int32)
+        plan = SchedulerOutput(0, rows, lengths, ones.astype(np.uint8), ones)
+        plan.new_rows = [
+            NewRow(row, np.arange(row, row + n, dtype=np.int32), int(n), 0, RowSampling())
+            for row, n in enumerate(lengths)
+        ]
+        plan.block_rows, plan.block_positions, plan.block_ids = rows, 0 * rows, rows
+        state.apply(plan)
+        results = []
+        for cut in (0, 2):
+            cache = torch.zeros(3, 2, 4, 4, spec.num_kv_heads_per_rank(tp.world_size), spec.head_dim)
+            batch = state.forward_batch(rows, lengths)
+            if cut and tp.peers is not None:
+                tp.peers.overlap = Overlap(tp.peers, ThreadLink(meet))
+                batch.halves = tuple(state.forward_batch(part, lengths[part]) for part in (rows[:cut], rows[cut:]))
+            results.append(model(batch, list(cache)).clone())
+        return results
+
+    expected = run(TensorParallel())
+    for whole, halves in on_ranks(world_size, run):
+        torch.testing.assert_close(whole, expected[0], atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(halves, expected[0], atol=2e-4, rtol=2e-4)
+
+
 def test_every_row_has_one_rank() -> None:
     for num_rows in range(20):
         for world_size in (1, 2, 3, 8):
@@ -141,4 +246,4 @@ def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert "20 passed" in result.stdout
+    assert "22 passed" in result.stdout
