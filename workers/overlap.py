@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.workers.layers.norm import RMSNorm
     from shoal.workers.peers import PeerMemory
 
-_WAIT_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+_WRITE_DEFAULT, _WAIT_AT_LEAST = 0, 0  # CU_STREAM_WRITE_VALUE_DEFAULT: all before is visible; CU_STREAM_WAIT_VALUE_GEQ
 READY, DONE = 0, 1  # a rank's part is there; a rank has read and written all it had to
 
 
@@ -50,12 +50,18 @@ class StreamLink:
 
     def __init__(self, handle: Any, words: torch.Tensor, rank: int, world_size: int) -> None:
         """`words` int32 [2, world_size], zero: this rank's, where the others count their messages."""
-        self._rank, self._others = rank, [peer for peer in range(world_size) if peer != rank]
-        self._words, self._counts = words, [0, 0]
-        self._remote = {peer: handle.get_buffer(peer, words.shape, words.dtype) for peer in self._others}
+        self._words, self._counts = words, [0, 0]  # words: kept alive
+        others = [
+            (peer, handle.get_buffer(peer, words.shape, words.dtype)) for peer in range(world_size) if peer != rank
+        ]
+        # For each kind of message: where this rank writes, and where the others write.
+        self._to = [[remote[kind, rank].data_ptr() for _, remote in others] for kind in (READY, DONE)]
+        self._from = [[words[kind, peer].data_ptr() for peer, _ in others] for kind in (READY, DONE)]
         self._stream = torch.cuda.Stream(priority=-1)
-        self._write = torch._C._distributed_c10d._SymmetricMemory.stream_write_value32
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
+        self._write, self._wait = driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+        for function in (self._write, self._wait):
+            function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -77,17 +83,11 @@ class StreamLink:
     def meet(self, kind: int) -> None:
         """See Link."""
         self._counts[kind] += 1
-        width = self._words.shape[1]
-        for peer in self._others:
-            self._write(self._remote[peer], kind * width + self._rank, self._counts[kind])
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        for peer in self._others:
-            word = ctypes.c_uint64(self._words.data_ptr() + 4 * (kind * width + peer))
-            error = self._driver.cuStreamWaitValue32_v2(
-                stream, word, ctypes.c_uint32(self._counts[kind]), ctypes.c_uint(_WAIT_AT_LEAST)
-            )
-            if error:
-                raise RuntimeError(f"cuStreamWaitValue32 failed with CUDA error {error}")
+        stream, count = torch.cuda.current_stream().cuda_stream, self._counts[kind]
+        errors = [self._write(stream, word, count, _WRITE_DEFAULT) for word in self._to[kind]]
+        errors += [self._wait(stream, word, count, _WAIT_AT_LEAST) for word in self._from[kind]]
+        if any(errors):
+            raise RuntimeError(f"CUDA stream memory operations failed with {errors}")
 
 
 class Overlap:
