@@ -72,12 +72,12 @@ def run_the_job(folder: Path) -> int:
     from shoal.driver.engine import Engine, connect
     from shoal.driver.jobs.config import make_job
     from shoal.driver.jobs.job import run_job
-    from shoal.driver.jobs.model import JobModel
+    from shoal.driver.jobs.model import RowModel
     from shoal.driver.resolve import ResolvedConfig
 
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
-    class StubModel(JobModel):
+    class StubModel(RowModel):
         def starter(self):
             def start():
                 connect("local")

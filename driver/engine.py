@@ -41,10 +41,10 @@ def connect(address: str | None) -> None:
         return
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
     _started_ray = True
-    _inherited_env.update(_env())
+    _inherited_env.update(environment())
 
 
-def _env() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What goes to other processes as their runtime_env: no secrets, for Ray logs and shows runtime_envs."""
     return {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES) and not is_secret(name)}
 
@@ -75,7 +75,7 @@ class Engine:
         """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
         set_up_logging()
         connect(config.address)
-        env = _env()
+        env = environment()
         if env == _inherited_env:
             env = {}  # every process of this Ray has it already, and Ray starts processes faster without
         # What may need torch to unpack travels as a reference; the driver passes it on to the ranks.
