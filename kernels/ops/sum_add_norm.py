@@ -45,10 +45,10 @@ def _sum_add_norm(
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for world, places, rows, size, first, count, with_residual, with_weight in (
+        (2, 2, 4, 16, 4, 0, True, True),
         (2, 2, 5, 33, 0, 3, True, True),
         (4, 4, 9, 64, 6, 3, True, False),
         (3, 1, 2, 8, 1, 1, False, False),
-        (2, 2, 4, 16, 4, 0, True, True),
     ):
         parts = torch.randn(world, rows, size, generator=generator).to(device)
         residual, weight = (torch.randn(shape, generator=generator).to(device) for shape in ((count, size), (size,)))
