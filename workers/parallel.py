@@ -75,6 +75,12 @@ class TensorParallel:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest over the ranks, element by element. The input is overwritten."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The ranks' tensors (equal shapes) side by side along `dim`, in rank order."""
         if self.world_size == 1:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("shoal")
 _MOST_BYTES = 512 << 20  # of a rank's parts: larger steps go through NCCL
+_MEETING_ROWS = 512  # of a rank: up to here the kernel's programs wait for their like themselves, each for its row
 _COPY_BYTES = 4 << 20  # up to here all_reduce, which copies in and out, is faster than NCCL
 
 
@@ -30,7 +31,7 @@ class PeerMemory:
     """One rank's buffers and what it knows of the others'. All ranks make the same calls in the same order."""
 
     def __init__(self, handle: Any, buffer: torch.Tensor, rank: int, world_size: int) -> None:
-        """`buffer` [2, rows, size] is this rank's: its parts, and the sums it gets."""
+        """`buffer` [2, rows, size] is this rank's: its parts, and the sums it gets. `open` adds the rest."""
         self.rank, self.world_size = rank, world_size
         self._handle = handle
         _, self.num_rows, self._size = buffer.shape
@@ -39,6 +40,8 @@ class PeerMemory:
         places = [[peer[half].data_ptr() for peer in self.buffers] for half in range(2)]
         self._addresses = torch.tensor(places, dtype=torch.int64, device=buffer.device)
         self.overlap: Overlap | None = None
+        self._words: torch.Tensor | None = None  # this rank's words for meetings, kept alive
+        self._word_addresses: torch.Tensor | None = None
 
     @classmethod
     def open(
@@ -58,10 +61,15 @@ class PeerMemory:
         import torch.distributed._symmetric_memory as symmetric
 
         buffer = symmetric.empty((2, rows, size), dtype=dtype, device=device).zero_()
-        words = symmetric.empty((2, world_size), dtype=torch.int32, device=device).zero_()
+        stream_words = symmetric.empty((2, world_size), dtype=torch.int32, device=device).zero_()
+        words = symmetric.empty((2 * _MEETING_ROWS, world_size), dtype=torch.int32, device=device).zero_()
         torch.cuda.synchronize()  # zero before others write
         peers = cls(symmetric.rendezvous(buffer, group), buffer, rank, world_size)
-        peers.overlap = Overlap(peers, StreamLink(symmetric.rendezvous(words, group), words, rank, world_size))
+        link = StreamLink(symmetric.rendezvous(stream_words, group), stream_words, rank, world_size)
+        peers.overlap = Overlap(peers, link)
+        handle = symmetric.rendezvous(words, group)
+        shared = [handle.get_buffer(peer, words.shape, words.dtype).data_ptr() for peer in range(world_size)]
+        peers._words, peers._word_addresses = words, torch.tensor(shared, dtype=torch.int64, device=device)
         return peers
 
     def linear_add_norm(
@@ -111,8 +119,13 @@ class PeerMemory:
             half.view(-1)[: num_rows * size].view(1, num_rows, size) for half in (self.own_parts, self.own_sums)
         )
         own = None if residual is None else residual[first : first + count]
-        self._handle.barrier(channel=0)  # every rank's part is there
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        most = share_of(num_rows, 0, self.world_size)[1]
+        if self._word_addresses is not None and most <= _MEETING_ROWS:
+            meeting = (self.rank, most, self._word_addresses)
+            sum_add_norm(parts, sums, own, weight, eps, first, count, self._addresses, None, meeting)
+            return
+        self._handle.barrier(channel=0)  # every rank's part is there
         sum_add_norm(parts, sums, own, weight, eps, first, count, self._addresses)
         self._handle.barrier(channel=1)  # every rank's rows are written, and its parts read
 

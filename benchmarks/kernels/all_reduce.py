@@ -154,6 +154,7 @@ def rank_main(rank: int, args: argparse.Namespace, init: str) -> None:
         with torch.device("cuda"):
             norm = RMSNorm(args.width, 1e-5)
             norm.weight = torch.nn.Parameter(torch.rand(args.width, dtype=torch.bfloat16), requires_grad=False)
+        dist.broadcast(norm.weight, 0)
         result = {"sums_us": small_and_large(tp, args.width, norm), "block_ms": beside_products(tp, args.width, norm)}
         if rank == 0:
             print(f"{torch.cuda.get_device_name()} x {args.gpus}, bfloat16, width {args.width}")

@@ -21,15 +21,19 @@ def _sum_add_norm(
     count: int,
     addresses: torch.Tensor | None = None,
     own: torch.Tensor | None = None,
+    meeting: tuple[int, int, torch.Tensor] | None = None,
 ) -> None:
     """For rows first .. first + count: s = sum of parts + residual, then sums = rms_norm of s (without weight: s).
 
     parts [world, rows, size] is what each rank adds; sums [places, rows, size] gets the result in each place; residual
     [count, size] becomes s; `own` [count, size] is one more part. With `addresses` (int64 [2, world], on the device;
     kernels only) the ranks' parts and sums, each [rows, size], are there, and `parts` and `sums` are this rank's own,
-    [1, rows, size].
+    [1, rows, size]. `meeting` (kernels only): this rank, the largest count of any rank, and addresses (int64 [world])
+    of words, int32 [2, places for that many rows, world], zero, in which ranks tell each other within the op that parts
+    are there and sums written; without it the caller sees to both.
     """
     assert addresses is None, "the reference works on one tensor"
+    assert meeting is None, "the reference meets nobody"
     rows = slice(first, first + count)
     total = parts[:, rows].float().sum(0)
     if own is not None:

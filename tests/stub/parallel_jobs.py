@@ -27,18 +27,15 @@ def run_ranks(jobs: list[dict[str, Any]], tmp_path: pathlib.Path, world_size: in
         job["init"] = f"file://{tmp_path}/job-{index}"
     output = tmp_path / "results.json"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
-    command = [sys.executable, str(SCRIPT)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), json.dumps(jobs), str(output)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world_size)
-    ]
-    errors = []
-    for rank in ranks:  # one that fails takes the others along: their links to it break
-        _, error = rank.communicate(timeout=600)
-        errors += [error] if rank.returncode else []
-    assert not errors, "\n".join(errors)
+    logs = [tmp_path / f"rank-{rank}.log" for rank in range(world_size)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            command = [sys.executable, str(SCRIPT), str(rank), json.dumps(jobs), str(output)]
+            ranks.append(subprocess.Popen(command, env=environment, stderr=file))
+    # One that fails takes the others along: their links to it break. One that hangs says where, and ends.
+    codes = [rank.wait() for rank in ranks]
+    assert not any(codes), "\n".join(log.read_text()[-6000:] for log in logs)
     results: list[dict[str, Any]] = json.loads(output.read_text())
     return results
 
