@@ -36,6 +36,7 @@ def test_every_row_is_answered_once(run, write_rows):
 
 
 def test_bad_rows_harm_no_other(run, write_rows):
+    """Clause 6."""
     bad = [
         ({"id": "long", "prompt": "x" * 400}, "invalid_prompt", "tokenize"),
         ({"id": "role", "messages": [{"content": "no role"}]}, "invalid_messages", "template"),
@@ -124,7 +125,8 @@ def test_parts_and_completion_order(run, write_rows, tmp_path):
     assert sorted(os.listdir(tmp_path / "parts")) == ["_shoal", "part-00000.jsonl"]
 
 
-def test_an_object_store(run, write_rows):
+def test_an_object_store(run, write_rows, monkeypatch):
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")  # answers come a few at a time
     ran = run(write_rows(ROWS), output="memory://jobs/a.jsonl", object_rows=7)
     assert ran.code == Exit.COMPLETED
     files = fsspec.filesystem("memory")
@@ -175,6 +177,7 @@ def test_changes_are_noticed(run, write_rows, caplog):
 
 
 def test_validation_comes_before_engines(run, write_rows, monkeypatch, caplog):
+    """Clause 14."""
     lines = [*ROWS[:3], "no json", ROWS[0], *ROWS[3:]]
     with monkeypatch.context() as patch:
         patch.setattr("shoal.driver.engine.Engine.start", lambda *_: pytest.fail("an engine was started"))
@@ -217,7 +220,7 @@ def test_errors_can_be_tried_again(run, write_rows, monkeypatch):
 
 
 def test_a_full_disk_pauses_a_job(run, write_rows, monkeypatch):
-    """Writes fail for a while in the middle of a job; it waits, and then ends as if nothing had been."""
+    """Clause 12: Writes fail for a while in the middle of a job; it waits, and then ends as if nothing had been."""
     import errno
 
     real, began = os.write, []
