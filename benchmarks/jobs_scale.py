@@ -69,7 +69,7 @@ def run_the_job(folder: Path) -> int:
     """In a process of its own."""
     import ray
 
-    from shoal.driver.engine import Engine, connect
+    from shoal.driver.engine import Engine
     from shoal.driver.jobs.config import make_job
     from shoal.driver.jobs.job import run_job
     from shoal.driver.jobs.model import RowModel
@@ -77,19 +77,19 @@ def run_the_job(folder: Path) -> int:
 
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
+    class StubClient(Engine):
+        def _create(self):
+            self._driver, self._mark = actor.remote(), 0
+            self.resolved = ResolvedConfig(
+                "stub", "LlamaForCausalLM", "cpu", "float32", 1, 512, SLOTS, 8192, 16, 1024, 0, 0, 0.0, 4, 2
+            )
+
     class StubModel(RowModel):
         def portable(self):
             return RowModel(self.config, self.resolved, self.tokenizer, self.tokenizer_json).portable()
 
-        def starter(self):
-            def start():
-                connect("local")
-                resolved = ResolvedConfig(
-                    "stub", "LlamaForCausalLM", "cpu", "float32", 1, 512, SLOTS, 8192, 16, 1024, 0, 0, 0.0, 4, 2
-                )
-                return Engine(actor.remote(), resolved)
-
-            return start
+        def starter(self, solo_deaths):
+            return lambda: StubClient.start(self.config, lambda: None, False)
 
     config = make_job(
         {
