@@ -159,7 +159,9 @@ class Watch:
             with open(f"/proc/{pid}/status") as file:
                 fields = dict(line.split(":", 1) for line in file)
             with open(f"/proc/{pid}/cmdline") as file:
-                self.names[pid] = " ".join(file.read().replace("\0", " ").split())[:60]
+                words = file.read().replace("\0", " ").split()
+            if words and not (words[0] == "ray::IDLE" and pid in self.names):  # an idle worker keeps its last name
+                self.names[pid] = " ".join(word.rsplit("/", 1)[-1] for word in words)[:60]
             with open(f"/proc/{pid}/stat") as file:
                 times = file.read().rsplit(")", 1)[1].split()[11:13]
             self.cpu_s[pid] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
@@ -207,7 +209,10 @@ def print_growth(watch: Watch, rows: int) -> None:
     allowed = BYTES_A_ROW * rows * 0.9 + BYTES_MORE
     grown = {pid: max(s[2].get(pid, 0) for s in later) - base.get(pid, 0) for s in later for pid in s[2]}
     print(f"  private memory after the first tenth (allowed: {allowed / 1e6:.0f} MB):")
-    for pid, growth in sorted(grown.items(), key=lambda item: -item[1])[:6]:
+    busiest = sorted(watch.cpu_s, key=lambda pid: -watch.cpu_s[pid])[:8]
+    most = sorted(grown, key=lambda pid: -grown[pid])[:4]
+    for pid in dict.fromkeys([*most, *busiest]):
+        growth = grown.get(pid, 0)
         verdict = "ok" if growth <= allowed else "TOO MUCH"
         from_, cpu = f"from {base.get(pid, 0) / 1e6:6.1f}", f"CPU {watch.cpu_s[pid]:6.1f} s"
         print(f"    {growth / 1e6:+8.1f} MB {from_}  {verdict}  {cpu}  {watch.names[pid]}")
