@@ -186,6 +186,11 @@ def measure(folder: Path, command: list[str], rows: int) -> None:
                 if watch.settled >= part * rows:
                     ended.setdefault(part, time.monotonic() - watch.started)
             time.sleep(0.25)
+    except SystemExit:
+        wall = time.monotonic() - watch.started
+        print(f"ended from outside after {wall:.0f} s, with {watch.settled} of {rows} rows settled")
+        print_growth(watch, rows)
+        raise
     finally:
         watch.end()
     assert watch.process.returncode == 0, f"the job ended with {watch.process.returncode}"
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FILE", help="py-spy's record of the job's process")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing of it stays behind
     if args.child:
         sys.exit(run_the_job(Path(args.child)))
     with tempfile.TemporaryDirectory(prefix="shoal-scale-") as name:
