@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.accounts import Accounts
@@ -86,6 +86,7 @@ class Job:
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
+        self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
@@ -177,6 +178,7 @@ class Job:
         )
         if self._stop.asked:
             return None
+        self._num_faults = result.num_faults
         if result.num_faults and config.on_invalid == "stop":
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
@@ -194,15 +196,17 @@ class Job:
         from shoal.driver.engine import connect
 
         config = self._config
-        recovered = recover(self._ledger, self._accounts, config.retry_errors)
+        with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
+            reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors)
+            connect(config.engine.address)
+            recovered = reading.result()
+        self._stop.listen()  # Ray takes SIGTERM for itself
         if not same_job:  # rows that changed are computed again: the others count once they are met
             self._accounts.found(0, {})
         self._accounts.mark_durable()
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
-        connect(config.engine.address)
-        self._stop.listen()  # Ray takes SIGTERM for itself
         if not config.engine.disable_log_stats:
             self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
         model = self._model.portable()
@@ -217,6 +221,9 @@ class Job:
         )
         hooks = Hooks(self._model.starter(self._config.solo_deaths), self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
+        known = self._accounts.total_rows
+        if known is not None and known - self._num_faults > len(recovered.done):
+            self._runner.start_engines()  # there is work for them, however far in the input
         try:
             self._runner.run()
         finally:

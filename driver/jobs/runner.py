@@ -92,6 +92,11 @@ class Runner:
             for replica in self.replicas.values():
                 replica.stop()
 
+    def start_engines(self) -> None:
+        """Starts all replicas, unless they were started before."""
+        for number in range(0 if self.replicas else self._config.replicas):
+            self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
         deadline = time.monotonic() + timeout_s
@@ -160,8 +165,7 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            for number in range(self._config.replicas):
-                self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+            self.start_engines()
         else:
             assert isinstance(event, Exhausted)
             if event.error is not None:
