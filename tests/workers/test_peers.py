@@ -232,6 +232,25 @@ def test_halves_of_a_step_equal_one_rank(world_size, monkeypatch) -> None:
         torch.testing.assert_close(halves, expected[0], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("places", "reach", "reason"),
+    [
+        ([("a", "1", 0), ("a", "1", 1)], True, ""),
+        ([("a", "1", 0), ("b", "2", 1)], True, "on different hosts (a, b)"),
+        ([("a", "1", 0), ("a", "2", 1)], True, "on different hosts"),
+        ([("a", "1", 0), ("a", "1", 1)], False, "ranks 0 and 1 have no peer access"),
+        ([("a", "1", 0), ("a", "1", 0)], True, "two ranks share a GPU"),
+    ],
+)
+def test_who_cannot_share_memory_and_why(places, reach, reason, monkeypatch) -> None:
+    monkeypatch.setattr(peers.dist, "get_world_size", lambda group: len(places))
+    monkeypatch.setattr(peers.dist, "all_gather_object", lambda out, own, group: out.__setitem__(slice(None), places))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reach)
+    found = peers._obstacle(None, torch.device("cuda", 0))
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
 def test_every_row_has_one_rank() -> None:
     for num_rows in range(20):
         for world_size in (1, 2, 3, 8):
@@ -246,4 +265,4 @@ def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert "22 passed" in result.stdout
+    assert "27 passed" in result.stdout
