@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from shoal.driver.jobs.intake import Intake
     from shoal.driver.jobs.model import ModelTools
 
-_END_S = 10.0
-
 
 class Feeder:
     """Puts Chunks into an inbox, then Exhausted; NeedEngine before the first chunk that has work."""
@@ -40,11 +38,14 @@ class Feeder:
         self._ahead -= 1
 
     def stop(self) -> None:
-        """No more chunks; the tasks that make them end."""
+        """No more chunks."""
         self._stopping = True
         self._tools.cancel()  # it may be waiting for a model that never came
         self._allowed.release()
-        self._thread.join(_END_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the end of the tasks that make chunks, once there are to be no more."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         num_rows = 0

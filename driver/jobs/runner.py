@@ -105,6 +105,7 @@ class Runner:
         for replica in self.replicas.values():
             replica.join(max(0.0, deadline - time.monotonic()))
             self._committer.made(replica.session, self._made(replica))
+        self._feeder.join(max(0.0, deadline - time.monotonic()))
 
     def _ended(self) -> bool:
         """Nothing is left to do, or a stop was asked for and obeyed; and what was done is durable."""
