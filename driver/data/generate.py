@@ -13,7 +13,7 @@ import numpy as np
 from shoal.driver.binding import Row
 from shoal.driver.data.config import make_processor_config
 from shoal.driver.data.pump import Answer, Pump
-from shoal.driver.data.rows import STATE, answer_arrays, with_columns
+from shoal.driver.data.rows import STATE, answer_arrays, as_table, with_columns
 from shoal.driver.data.stages import Preparation
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.plain import answer_columns
@@ -23,7 +23,7 @@ from shoal.driver.outputs import make_output
 
 
 class Generate:
-    """Answers batches of rows: `ds.map_batches(shoal.data.Generate, batch_format="pyarrow", ...)`.
+    """Answers batches of rows: `ds.map_batches(shoal.data.Generate, fn_constructor_kwargs={"engine": {...}}, ...)`.
 
     Rows go to the engine one by one, and a batch leaves when its last row is finished. So that slow rows do not leave
     the engine idle, let the actor have many batches at once: `build_processor` does, and docs/ray_data.md says how
@@ -55,7 +55,8 @@ class Generate:
                 self._pump.close()
 
     async def __call__(self, table: Any) -> Any:
-        """The rows of a table with their answers."""
+        """The rows of a batch, in any of Ray Data's formats, with their answers, as an Arrow table."""
+        table = as_table(table)
         if STATE not in table.column_names:
             if self._preparation is None:
                 self._preparation = Preparation(self._config, self._model)

@@ -33,10 +33,13 @@ def build_processor(
 
     `preprocess(row)` returns columns that are laid over the row's (prompt or messages, sampling_params);
     `postprocess(row)` returns the columns of the output, for answered rows. An exception in either is that row's error.
-    Raises ValueError for a wrong config, or a model that cannot be used. docs/ray_data.md has the row contract.
+    Uses the Ray that is there, as LLM does, or starts one. Raises ValueError for a wrong config, or a model that cannot
+    be used. docs/ray_data.md has the row contract.
     """
     checked = make_processor_config(config)
-    return _Processor(checked, RowModel.find(checked.engine), preprocess, postprocess)
+    model = RowModel.find(checked.engine)
+    connect(checked.engine.address)  # before a Dataset is made, which would start or join a Ray by its own rule
+    return _Processor(checked, model, preprocess, postprocess)
 
 
 class _Processor:
@@ -53,7 +56,6 @@ class _Processor:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         config = self._config
-        connect(config.engine.address)
         self._check_cpus()
         name, text = new_name(), config.prompt_template
         if text is not None:

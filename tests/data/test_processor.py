@@ -7,6 +7,7 @@ import gc
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import ray.data
@@ -153,3 +154,21 @@ def test_wrong_configs_are_refused(build):
     ):
         with pytest.raises(ValueError, match=said):
             build(**wrong)
+
+
+def test_the_engine_is_kept_full(build, tmp_path, monkeypatch):
+    """Slow rows do not hold back others: no batch is waited for. benchmarks/occupancy.py has the full sizes."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 2400), 4, 200).astype(int).tolist()
+    monkeypatch.setenv("SHOAL_STUB_OCCUPANCY", str(tmp_path))
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.01")
+
+    def preprocess(row):
+        return {"prompt": "x", "sampling_params": {"max_tokens": lengths[row["n"]]}}
+
+    processor = build(preprocess, engine={"max_num_seqs": 64, "max_num_batched_tokens": 2048})
+    found = rows_of(processor(prompts(len(lengths))))
+    assert [row["num_generated_tokens"] for row in found] == lengths
+    (note,) = tmp_path.iterdir()
+    admitted, seconds, share = note.read_text().split()
+    assert int(admitted) == len(lengths)
+    assert float(share) >= 0.9, f"{share} of the slots over {seconds} s"
