@@ -1,20 +1,21 @@
 """Answers as a step of a Ray Data pipeline: python examples/ray_data.py MODEL"""
 
 import sys
+from typing import Any
 
 from shoal.data import build_processor
 
 COUNTRIES = [{"country": name} for name in ("France", "Italy", "", "Japan")]
 
 
-def ask(row):
+def ask(row: dict[str, Any]) -> dict[str, Any]:
     if not row["country"]:
         raise ValueError("the row names no country")
     question = f"What is the capital of {row['country']}?"
     return {"messages": [{"role": "user", "content": question}], "sampling_params": {"max_tokens": 24}}
 
 
-def keep(row):
+def keep(row: dict[str, Any]) -> dict[str, Any]:
     return {"country": row["country"], "answer": row["generated_text"], "tokens": row["num_generated_tokens"]}
 
 
