@@ -63,8 +63,9 @@ class _Processor:
         light = self._model.portable()
         plain = config.model_copy(update={"prompt_template": text, "engine": light.config})
         preparing = ray.put((plain, light, self._before))
-        whole = replace(self._model, resolved=replace(self._model.resolved, hf_config=None))
-        generating = ray.put((config, whole))
+        engine = config.engine.model_copy(update={"hf_token": None})  # the ranks have it from LoadConfig
+        whole = replace(self._model, config=engine, resolved=replace(self._model.resolved, hf_config=None))
+        generating = ray.put((config.model_copy(update={"engine": engine}), whole))
         blocks = config.open_blocks(config.engine.max_num_seqs or self._slots())
         ready = dataset.repartition(target_num_rows_per_block=_PREPARE_ROWS).map_batches(
             prepare,

@@ -76,15 +76,22 @@ class Pump:
     def _run(self) -> None:
         while (event := self._inbox.get()) is not None:
             try:
-                while event is not None:
-                    self._handle(event)
-                    event = self._inbox.get_nowait()
-                return
-            except Empty:
+                if not self._take(event):
+                    return
                 self._feed()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 LOGGER.exception("the pipeline's engine is given up")
                 self._fail(error)
+
+    def _take(self, event: Any) -> bool:
+        """Everything that has come in; False where the end is in it."""
+        while event is not None:
+            self._handle(event)
+            try:
+                event = self._inbox.get_nowait()
+            except Empty:
+                return True
+        return False
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, _Group):
