@@ -163,8 +163,10 @@ class Runner:
                 self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
         else:
             assert isinstance(event, Exhausted)
-            if event.error is not None:
+            if isinstance(event.error, ValueError):  # of the user's
                 raise event.error
+            if event.error is not None:
+                raise JobError(Exit.FAILED, f"the input could not be read: {_short(event.error)}") from event.error
             self._exhausted = True
             self._accounts.total_rows = event.num_rows
             self._accounts.unmet_ok = self._accounts.unmet_errors = 0
