@@ -81,6 +81,7 @@ class Job:
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(config, self._accounts)
         self._runner: Runner
+        self._num_faults = 0  # rows that validation found to need no engine
 
     def run(self) -> Exit:
         """All of it."""
@@ -172,6 +173,7 @@ class Job:
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
             LOGGER.warning("%s", result)
+            self._num_faults = result.num_faults
         return result.num_rows if result.complete else None
 
     def _counted_before(self) -> tuple[int, int]:
@@ -206,7 +208,10 @@ class Job:
         )
         hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
+        total = self._accounts.total_rows
         try:
+            if total is None or len(recovered.done) + self._num_faults < total:
+                self._runner.start_engines()  # while the first rows are made ready
             self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))

@@ -81,7 +81,7 @@ class Runner:
         self._next_number = 0
         self._deaths_in_a_row = 0
         self._boot_failures: dict[int, int] = {}
-        self._exhausted = False
+        self._started = self._exhausted = False
         self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory only
         self._full_since = 0.0
         self._drained = False
@@ -98,6 +98,13 @@ class Runner:
             self._feeder.stop()
             for replica in self.replicas.values():
                 replica.stop()
+
+    def start_engines(self) -> None:
+        """Once, when it is known that a row needs one."""
+        if not self._started:
+            self._started = True
+            for number in range(self._config.replicas):
+                self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
 
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
@@ -159,8 +166,7 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            for number in range(self._config.replicas):
-                self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+            self.start_engines()
         else:
             assert isinstance(event, Exhausted)
             if isinstance(event.error, ValueError):  # of the user's
