@@ -29,8 +29,8 @@ WAYS = ("build_processor", "run-batch")
 class TimedModel(RowModel):
     """Says in a file when its engine was ready: a pipeline's start-up is not what is measured."""
 
-    def starter(self):
-        start, ready = super().starter(), os.environ["SHOAL_ENGINE_READY"]
+    def starter(self, solo_deaths):
+        start, ready = super().starter(solo_deaths), os.environ["SHOAL_ENGINE_READY"]
 
         def begin():
             engine = start()

@@ -44,7 +44,9 @@ class Generate:
         else:
             self._config, self._model = ray.get(made[0])
         self._preparation: Preparation | None = None
-        self._pump = Pump(self._model.starter(), self._config.solo_deaths, self._config.max_restarts)
+        self._pump = Pump(
+            self._model.starter(self._config.solo_deaths), self._config.solo_deaths, self._config.max_restarts
+        )
         self._tools = self._model.tools(self._pump.resolved.max_model_len)
         self._bounds = BoundSet(self._tools)
         self._pump.open(self._tools.binder)
@@ -104,7 +106,8 @@ class Generate:
             str(row.index), row.prompt, row.token_ids, row.bound.params, answer, self._tools.decoder, log_stats=False
         )
         if output.error is not None:
-            return Fault("engine_refused", "engine", output.error)
+            code = next((child.error_code for child in answer if child.error_code), "engine_refused")
+            return Fault(code, "engine", output.error)
         return answer_columns(output, token_ids=True, always_completions=False)
 
     def _joined(self, table: Any, states: list[Any], answers: list[dict[str, Any]], faults: list[Fault | None]) -> Any:

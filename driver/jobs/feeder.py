@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.events import Exhausted, NeedEngine
+from shoal.driver.jobs.outcome import Exit, JobError, brief_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -62,8 +63,12 @@ class Feeder:
                     chunk = self._intake.chunk(settled, needy)
                     num_rows += chunk.num_rows
                     self._inbox.put(chunk)
-        except Exception as error:  # the loop raises it
+        except ValueError as error:  # of the user's; the loop raises it
+            self._inbox.put(Exhausted(num_rows, error))
+            return
+        except Exception as error:  # whatever ended the tasks ends the job
             if not self._stopping:
-                self._inbox.put(Exhausted(num_rows, error))
+                reason = f"the input could not be read: {brief_error(error)}"
+                self._inbox.put(Exhausted(num_rows, JobError(Exit.FAILED, reason)))
             return
         self._inbox.put(Exhausted(num_rows))

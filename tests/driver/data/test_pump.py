@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shoal.driver.actor import Collected
 from shoal.driver.binding import Row
 from shoal.driver.data.pump import Pump
 from shoal.driver.jobs.faults import Fault
@@ -37,7 +38,7 @@ class Engine:
                 self.open -= 1
         except queue.Empty:
             pass
-        return SimpleNamespace(finished=found, num_running=0, num_waiting=0, kv_cache_usage=0.0, num_made_tokens=0)
+        return Collected(found)
 
     def num_made_tokens(self):
         return 0
