@@ -47,6 +47,9 @@ class EngineLike(Protocol):
     def abort(self, numbers: list[int]) -> None:
         """Ends requests."""
 
+    def end_when_silent(self, seconds: float) -> None:
+        """Ends by itself, with all that it holds, when `collect` is not called for so long."""
+
     def num_made_tokens(self) -> int:
         """Tokens it has made; of a dead engine too, where its driver still answers."""
 

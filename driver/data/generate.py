@@ -20,6 +20,9 @@ from shoal.driver.jobs.forms.plain import answer_columns
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.outputs import make_output
+from shoal.driver.replica import EngineLike, StartEngine
+
+_SILENT_S = 20.0  # after which an engine takes it that this actor is no more
 
 
 class Generate:
@@ -117,3 +120,15 @@ class Generate:
         if self._config.prompt_column not in table.column_names:  # of conversations: what the template made of them
             columns[self._config.prompt_column] = pa.array([state["prompt"] for state in states], pa.string())
         return with_columns(table.drop_columns([STATE]), columns)
+
+
+def _starter(model: RowModel, solo_deaths: int) -> StartEngine:
+    """Starts engines that do not outlive this actor, whatever ends it."""
+    start = model.starter(solo_deaths)
+
+    def begin() -> EngineLike:
+        engine = start()
+        engine.end_when_silent(_SILENT_S)
+        return engine
+
+    return begin

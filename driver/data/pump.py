@@ -20,7 +20,6 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 _MOST_BOOT_FAILURES = 3
 _RETRY_S = 1.0
-_END_S = 60.0
 
 Answer = list[FinishedRequest] | Fault
 
@@ -69,10 +68,9 @@ class Pump:
         return future
 
     def close(self) -> None:
-        """Ends the engine and gives back what it holds; rows in it are lost."""
+        """Ends the engine and gives back what it holds; rows in it are lost. Does not wait for it."""
         self._inbox.put(None)
         self._replica.stop()
-        self._replica.join(_END_S)
 
     def _run(self) -> None:
         while (event := self._inbox.get()) is not None:

@@ -86,7 +86,7 @@ class Job:
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
-        self._num_faults = 0  # rows that validation found to need no engine
+        self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
@@ -178,6 +178,7 @@ class Job:
         )
         if self._stop.asked:
             return None
+        self._num_faults = result.num_faults
         if result.num_faults and config.on_invalid == "stop":
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
@@ -219,10 +220,10 @@ class Job:
         )
         hooks = Hooks(self._model.starter(self._config.solo_deaths), self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
-        total = self._accounts.total_rows
+        known = self._accounts.total_rows
+        if known is not None and known - self._num_faults > len(recovered.done):
+            self._runner.start_engines()  # there is work for them, however far in the input
         try:
-            if total is None or len(recovered.done) + self._num_faults < total:
-                self._runner.start_engines()  # while the first rows are made ready
             self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))

@@ -93,10 +93,9 @@ class Runner:
                 replica.stop()
 
     def start_engines(self) -> None:
-        """Once it is known that a row needs one."""
-        if not self.replicas:
-            numbers = range(self._config.replicas)
-            self.replicas = {n: Replica(n, self._hooks.start_engine, self._inbox) for n in numbers}
+        """Starts all replicas, unless they were started before."""
+        for number in range(0 if self.replicas else self._config.replicas):
+            self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
 
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""

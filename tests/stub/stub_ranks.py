@@ -38,7 +38,7 @@ def token_at(stream: int, position: int) -> int:
 class StubRunner:
     """What a rank computes: nothing."""
 
-    def __init__(self, step_s: float, tokens_file: Path | None, slots: int = 1, slots_file: Path | None = None) -> None:
+    def __init__(self, step_s: float, tokens_file: int | None, slots: int = 1, slots_file: Path | None = None) -> None:
         self._step_s, self._tokens_file = step_s, tokens_file
         self._slots, self._slots_file = slots, slots_file
         self._began = self._last = 0.0
@@ -96,7 +96,7 @@ class StubRunner:
             row[1] = made
         self._made += int((out >= 0).sum())
         if self._tokens_file is not None:
-            self._tokens_file.write_text(str(self._made))
+            os.pwrite(self._tokens_file, b"%020d" % self._made, 0)  # whole, whenever the process is killed
         return StubPending(StepOutput(plan.step_id, out), time.monotonic() + self._step_s * plan.num_steps)
 
 
@@ -119,7 +119,9 @@ class StubWorker(Worker):
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
-        tokens_file = None if folder is None or config.rank else Path(folder, f"{os.getpid()}")
+        tokens_file = None
+        if folder is not None and not config.rank:
+            tokens_file = os.open(Path(folder, f"{os.getpid()}"), os.O_CREAT | os.O_WRONLY, 0o644)
         slots = os.environ.get("SHOAL_STUB_OCCUPANCY")
         slots_file = None if slots is None or config.rank else Path(slots, f"{os.getpid()}")
         step_s = float(os.environ.get("SHOAL_STUB_STEP_S", "0.002"))
@@ -144,7 +146,8 @@ class StubDriver(Driver):
     def __init__(self, *arguments) -> None:
         worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
         if os.environ.get("SHOAL_STUB_SPARE_RANKS"):  # those that are given up live on, as if they could not be reached
-            worker_group.WorkerGroup.kill = worker_group.WorkerGroup.discard = spare
+            worker_group.WorkerGroup.kill = lambda group: None
+            worker_group.WorkerGroup.discard = spare
         super().__init__(*arguments)
 
     def rank_pids(self) -> list[int]:
