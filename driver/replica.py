@@ -18,6 +18,7 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
 
+REPLICA_THREAD = "replica-"
 POLL_S = 0.25  # how long one wait for results lasts
 
 
@@ -98,7 +99,7 @@ class Replica:
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
         self._stop = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{REPLICA_THREAD}{number}", daemon=True)
         self._thread.start()
 
     def submit(self, requests: list[EngineRequest]) -> None:

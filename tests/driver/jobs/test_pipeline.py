@@ -48,9 +48,9 @@ class Stages:
         recipe = Recipe(reader.config, reader.form_name, reader.files, b"salt", model.portable(), self.done.keys_only())
         self.stage = pipeline._Stage(recipe)
         self.tables = []
-        for number, file in enumerate(reader.files):
-            batch = {"number": np.array([number]), "file": np.array([file], dtype=object)}
-            self.tables += [self.stage.run(table) for table in pipeline._read(batch, 1000)]
+        for number in range(len(reader.files)):
+            tables = pipeline._read({"id": np.array([number])}, reader.files, 1000)
+            self.tables += [self.stage.run(table) for table in tables]
         tools = Future()
         tools.set_result(model.tools(128))
         names = [file.name for file in reader.files]
