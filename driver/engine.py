@@ -129,8 +129,8 @@ class Engine:
         LOGGER.info("%s: %s", config.model, self.resolved)
 
     def end_when_silent(self, seconds: float) -> None:
-        """See Driver.end_when_silent."""
-        ask(self._driver.end_when_silent.remote(seconds))
+        """See Driver.end_when_silent. Only asks for it: this process may be on its way out."""
+        self._driver.end_when_silent.remote(seconds)
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""

@@ -20,6 +20,7 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 _MOST_BOOT_FAILURES = 3
 _RETRY_S = 1.0
+_END_S = 1.0
 
 Answer = list[FinishedRequest] | Fault
 
@@ -71,6 +72,7 @@ class Pump:
         """Ends the engine and gives back what it holds; rows in it are lost. Does not wait for it."""
         self._inbox.put(None)
         self._replica.stop()
+        self._replica.engine.end_when_silent(_END_S)  # should there be no time left to end it in order
 
     def _run(self) -> None:
         while (event := self._inbox.get()) is not None:

@@ -40,6 +40,9 @@ class Engine:
             pass
         return Collected(found)
 
+    def end_when_silent(self, seconds):
+        pass
+
     def num_made_tokens(self):
         return 0
 
