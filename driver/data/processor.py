@@ -17,7 +17,7 @@ from shoal.driver.placement import PlacementError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_PREPARE_ROWS = 1024  # of a block: one task's work
+_PREPARE_ROWS = 256  # of a block: one task's work
 _ENGINE_CPUS = 0.01
 _POST_CPUS = 0.25
 _READ_CPUS = 1.0  # what Ray Data's own tasks take
