@@ -266,6 +266,8 @@ class WorkerGroup:
             return
         for rank in self.ranks:  # those that answer end when Ray tells them to, on whatever node
             ray.kill(rank)
+        here = ray.get_runtime_context().get_node_id()
+        end_processes([probe for probe in self.probes if probe["node_id"] == here])
         remove_placement_group(self._group)
 
     def _gather(self, calls: list[Any]) -> list[Any]:
