@@ -44,6 +44,6 @@ def _pass(runner: ModelRunner, row_counts: list[int]) -> ForwardBatch:
     batch = ForwardBatch(zeros, zeros, attention)
     if not runner.stage.first:
         batch.hidden = torch.zeros(len(zeros), runner.spec.hidden_size, dtype=runner.dtype, device=device)
-    if runner.stage.last:
+    if runner.stage.last and runner.tp.peers is None:
         batch.sampling_rows = torch.arange(len(counts), device=device)
     return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.accounts import Accounts
@@ -183,6 +183,7 @@ class Job:
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
             LOGGER.warning("%s", result)
+            self._num_faults = result.num_faults
         return result.num_rows if result.complete else None
 
     def _counted_before(self) -> tuple[int, int]:
@@ -196,15 +197,17 @@ class Job:
         from shoal.driver.engine import connect
 
         config = self._config
-        recovered = recover(self._ledger, self._accounts, config.retry_errors)
+        with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
+            reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors)
+            connect(config.engine.address)
+            recovered = reading.result()
+        self._stop.listen()  # Ray takes SIGTERM for itself
         if not same_job:  # rows that changed are computed again: the others count once they are met
             self._accounts.found(0, {})
         self._accounts.mark_durable()
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
-        connect(config.engine.address)
-        self._stop.listen()  # Ray takes SIGTERM for itself
         if not config.engine.disable_log_stats:
             self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
         model = self._model.portable()

@@ -93,17 +93,20 @@ def run_rounds(folder: str, rounds: int, **arguments: object) -> None:
                 assert value <= before[name] + 8, f"{name} after round {number}: {before[name]}, then {value}"
             else:
                 assert value == before[name], f"{name} after round {number}"
+        if number % 10 == 0:
+            print(f"after {number} rounds: {now}", flush=True)
     assert not now["actors"] + now["groups"] + now["files"]
-    print(f"{rounds} rounds: {before}, then {now}")
 
 
 def settle(before: dict[str, object] | None) -> dict[str, object]:
     """The state, once what ends has ended."""
+    import ray
+
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         now = state()
-        done = not (now["actors"] or now["groups"] or now["files"])
-        if done and (before is None or all(now[name] == before[name] for name in ("cpus", "shared memory"))):
+        done = not (now["actors"] or now["groups"] or now["files"]) and now["cpus"] == ray.cluster_resources()["CPU"]
+        if done and (before is None or now["shared memory"] == before["shared memory"]):
             break
         time.sleep(0.1)
     return now

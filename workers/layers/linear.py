@@ -167,6 +167,9 @@ class RowParallelLinear(torch.nn.Module):
         """
         if norm is not None and scale == 1.0 and self.tp.world_size == 1 and self.bias is None:
             return linear_add_norm(x, self.weight, residual, norm.weight, norm.eps)
+        peers = self.tp.peers
+        if peers is not None and x.shape[0] <= peers.num_rows:
+            return peers.linear_add_norm(x, self.weight, self.bias, residual, norm, scale)
         output: torch.Tensor = self(x)
         if scale != 1.0:
             output = output * scale
