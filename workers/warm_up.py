@@ -12,7 +12,7 @@ from shoal.workers.batch import AttentionMetadata, ForwardBatch
 if TYPE_CHECKING:
     from shoal.workers.runner import ModelRunner
 
-_DECODE_ROWS = (1, 17, 65, 129, 193, 257)  # the least of each range of rows that has tiles of its own
+_DECODE_ROWS = (1, 16, 17, 64, 65, 128, 129, 256, 257)  # ends of the ranges of rows that have tiles of their own
 _PREFILL_ROWS = ([512], [128, 128, 128, 128, 1, 1, 1, 1])  # tokens of a pass; of one whose rows partly decode
 
 

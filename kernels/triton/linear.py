@@ -39,11 +39,11 @@ class LinearConfig:
 # (most rows, config): the first row that fits is used, none: the library's product. Tiles as measured on an H100 in the
 # chain of a decode step (docs/performance.md). Larger weights take the library as long as reading them does.
 MOST_WEIGHTS = 8 << 20
+_MOST_PADDED = 128  # more rows only where they fill their tiles
 LINEAR_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 1, 4, 6)),
     (64, LinearConfig(64, 32, 128, 1, 4, 6)),
     (128, LinearConfig(128, 32, 64, 1, 4, 6)),
-    (192, LinearConfig(64, 64, 64, 1, 4, 6)),
     (256, LinearConfig(128, 64, 64, 1, 4, 6)),
 )
 GATED_RULES: Rules = (
@@ -55,7 +55,6 @@ SPLIT_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 4, 4, 6)),
     (64, LinearConfig(64, 32, 128, 4, 4, 6)),
     (128, LinearConfig(64, 64, 128, 4, 4, 4)),
-    (192, LinearConfig(64, 64, 64, 4, 4, 6)),
     (256, LinearConfig(64, 64, 128, 2, 4, 4)),
 )
 
@@ -81,11 +80,23 @@ def _load(pointers, k, K: tl.constexpr, EVEN: tl.constexpr):
     return tile
 
 
+@triton.jit
+def _load_rows(pointers, there, k, K: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
+    """Rows that are not there are not read: reading another one's place many times over costs more than the product."""
+    if FULL:
+        tile = _load(pointers, k, K, EVEN)
+    elif EVEN:
+        tile = tl.load(pointers, mask=there, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=there & (k < K), other=0.0)
+    return tile
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, x_stride, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
     PARTS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    FULL: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x [num_rows, K], weight [N, K] -> out [num_rows, N], or float32 parts [PARTS, num_rows, N]."""
     first_n = tl.program_id(0) * BLOCK_N
@@ -97,12 +108,13 @@ def linear_kernel(
     outs = first_n + tl.arange(0, BLOCK_N)
     offs = first_k + tl.arange(0, BLOCK_K)
     # Rows and outputs beyond the end compute what the last one does, and store nothing.
-    x_at = x_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * x_stride + offs[None, :]
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + offs[None, :]
+    there = (rows < num_rows)[:, None]
     w_at = weight_ptr + tl.minimum(outs, N - 1).to(tl.int64)[None, :] * K + offs[:, None]
     EVEN: tl.constexpr = SPAN * PARTS == K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, SPAN, BLOCK_K):
-        x = _load(x_at + k, (offs + k)[None, :], K, EVEN)
+        x = _load_rows(x_at + k, there, (offs + k)[None, :], K, EVEN, FULL)
         w = _load(w_at + k, (offs + k)[:, None], K, EVEN)
         acc = tl.dot(x, w, acc)
     if bias_ptr is not None:
@@ -115,7 +127,8 @@ def linear_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def gated_linear_kernel(
     x_ptr, weight_ptr, out_ptr, num_rows, x_stride, N: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-    LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+    LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FULL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x [num_rows, K], weight [2 * N, K], gate rows first -> act(gate) * up [num_rows, N]."""
     first_n = tl.program_id(0) * BLOCK_N
@@ -126,13 +139,14 @@ def gated_linear_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = first_n + tl.arange(0, BLOCK_N)
     offs = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * x_stride + offs[None, :]
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + offs[None, :]
+    there = (rows < num_rows)[:, None]
     w_at = weight_ptr + tl.minimum(outs, N - 1).to(tl.int64)[None, :] * K + offs[:, None]
     EVEN: tl.constexpr = K % BLOCK_K == 0
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        x = _load(x_at + k, (offs + k)[None, :], K, EVEN)
+        x = _load_rows(x_at + k, there, (offs + k)[None, :], K, EVEN, FULL)
         gate = tl.dot(x, _load(w_at + k, (offs + k)[:, None], K, EVEN), gate)
         up = tl.dot(x, _load(w_at + N * K + k, (offs + k)[:, None], K, EVEN), up)
     dtype = out_ptr.dtype.element_ty
@@ -146,7 +160,9 @@ def rule(rules: Rules, x: torch.Tensor, weight: torch.Tensor) -> LinearConfig | 
     """The config of the first row of a table that fits this product; None where the library is faster, or exact."""
     if x.dtype.itemsize != 2 or x.dim() != 2 or x.stride(1) != 1 or not x.shape[0] or weight.numel() > MOST_WEIGHTS:
         return None
-    return next((config for rows, config in rules if x.shape[0] <= rows), None)
+    config = next((config for rows, config in rules if x.shape[0] <= rows), None)
+    padded = config is not None and x.shape[0] > _MOST_PADDED and x.shape[0] % config.block_m
+    return None if padded else config
 
 
 def _lines(span: int) -> int:
@@ -179,6 +195,7 @@ def linear_parts(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        FULL=num_rows % config.block_m == 0,
         num_warps=config.warps,
         num_stages=config.stages,
         **launch_options(x.device),
@@ -205,6 +222,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor, name: str, config: LinearConfig
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        FULL=num_rows % config.block_m == 0,
         num_warps=config.warps,
         num_stages=config.stages,
         **launch_options(x.device),
