@@ -14,6 +14,7 @@ from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
 from shoal.driver.healing import EngineDeadError, Restarts
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.placement import remove_orphans
 from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 from shoal.driver.secrecy import is_secret
@@ -233,6 +234,7 @@ class Engine:
                 ray.kill(driver)
             except ray.exceptions.RayError:  # it died, or is stopped: Ray ends its ranks with it
                 end_actor(driver, self._process)
+                remove_orphans()
         _stop_ray_if_last()
 
 
