@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.base import Form, dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.state.ledger import Ledger
-from shoal.driver.jobs.work import Settled, Tries, Work
+from shoal.driver.jobs.work import Settled, Work
 from shoal.driver.outputs import make_output
 
 if TYPE_CHECKING:

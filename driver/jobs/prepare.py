@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from shoal.driver.binding import Binder, Bound, Row
 from shoal.driver.chat import ChatRenderer
+from shoal.driver.dispatch import Tries
 from shoal.driver.inputs import InputProcessor, Prompt, parse_prompt
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.faults import Fault, RowError
@@ -22,7 +23,7 @@ from shoal.driver.jobs.forms.base import Form, RowRequest
 from shoal.driver.jobs.keys import KeyTable, stream_number
 from shoal.driver.jobs.scan import InputRow, Scanner, raw_rows
 from shoal.driver.jobs.sources.registry import SourceRow
-from shoal.driver.jobs.work import Chunk, Settled, Tries, Work
+from shoal.driver.jobs.work import Chunk, Settled, Work
 from shoal.driver.params import SamplingParams
 
 CHUNK_ROWS = 256

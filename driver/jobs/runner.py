@@ -72,7 +72,11 @@ class Runner:
         self._config, self._committer, self._accounts, self._samples = config, committer, accounts, samples
         self._stop, self._hooks = stop, hooks
         self._inbox: SimpleQueue[Any] = SimpleQueue()
-        self._dispatcher = Dispatcher(config.solo_deaths)
+        self._dispatcher: Dispatcher[Work] = Dispatcher(
+            config.solo_deaths,
+            config.engine.block_size,
+            by_prefix=config.replicas != 1 and config.engine.enable_prefix_caching,
+        )
         self.replicas: dict[int, Replica] = {}
         self._offer = tools
         self._tools: ModelTools | None = None
@@ -199,7 +203,9 @@ class Runner:
         if self._tools is None:
             self._tools = self._hooks.make_tools(replica.engine.resolved)
             self._offer.set_result(self._tools)
-        self._dispatcher.open_lane(replica.number, replica.engine.resolved.max_num_seqs)
+        self._dispatcher.open_lane(
+            replica.number, replica.engine.resolved.max_num_seqs, replica.engine.resolved.kv_cache_tokens
+        )
 
     def _on_down(self, event: Down) -> None:
         replica, error = event.replica, event.error
@@ -279,13 +285,14 @@ class Runner:
     def _feed(self) -> None:
         if self._stop.asked or self._full_since:
             return
+        self._dispatcher.report({n: replica.num_waiting for n, replica in self.replicas.items()})
         window = sum(lane.window for lane in self._dispatcher.lanes.values())
         if self._dispatcher.num_fresh < 512 + window // 2:
             self._feeder.allow(_CHUNKS_AHEAD)
         for number in list(self._dispatcher.lanes):
-            works = self._dispatcher.take(number)
-            if works:
-                self._submit(number, works)
+            self._submit(number, self._dispatcher.take(number))
+        for number in self._dispatcher.share():
+            self._submit(number, self._dispatcher.take(number))
         while self._exhausted and (move := self._dispatcher.rebalance()) is not None:
             self._withdraw(move.source, move.works)
             self._submit(move.target, move.works)
@@ -299,7 +306,8 @@ class Runner:
             made = self._tools.binder.requests(work.row, 0, work.size)
             self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
             requests += made
-        self.replicas[number].submit(requests)
+        if requests:
+            self.replicas[number].submit(requests)
 
     def _withdraw(self, number: int, works: list[Work]) -> None:
         numbers = [work.row.first_sequence + child for work in works for child in range(work.size)]

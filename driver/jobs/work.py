@@ -6,16 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.driver.binding import Row
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
-
-
-@dataclass(slots=True)
-class Tries:
-    """How often an engine died with a row in it."""
-
-    in_company: int = 0
-    alone: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +28,26 @@ class Work:
     def size(self) -> int:
         """Sequences it takes in an engine."""
         return self.row.bound.params.n
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt."""
+        return self.row.token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is sampled."""
+        return self.row.bound.params
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps its prefixes apart from others'."""
+        return self.row.cache_salt
+
+    @property
+    def priority(self) -> int:
+        """Lower goes first."""
+        return self.row.priority
 
 
 @dataclass(slots=True)
