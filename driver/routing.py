@@ -209,8 +209,8 @@ class Router(Generic[ItemT]):
     def _worthwhile(self, entries: Iterable[_Entry[ItemT]], victim: int, thief: int, least: int) -> list[_Entry[ItemT]]:
         """Which of these to move so that the two have about as much to do; at least so many that cost nothing extra.
 
-        Rows that share nothing go first, and prefixes that the victim has not begun; then others, the largest first. One
-        that the thief has to compute again goes only if the thief then has clearly less to do than the victim.
+        Rows that share nothing go first, and prefixes that the victim has not begun; then others, the largest first.
+        One that the thief has to compute again goes only if the thief then has clearly less to do than the victim.
         """
         source, target = self._shelves[victim], self._shelves[thief]
         groups: dict[int, list[_Entry[ItemT]]] = {}
@@ -251,21 +251,6 @@ class Router(Generic[ItemT]):
             return 0
         homes = self._home(entry.keys[entry.group])
         return DEPTHS[entry.group] * self._block_size if homes.warm >> victim & 1 and not homes.warm >> thief & 1 else 0
-
-    def _reshelve(self, taken: list[_Entry[ItemT]], victim: int, thief: int) -> None:
-        source = self._shelves[victim]
-        chosen = {entry.item.index for entry in taken}
-        source.heap = [entry for entry in source.heap if entry.item.index not in chosen]
-        source.waiting_tokens = sum(entry.tokens for entry in source.heap)
-        heapq.heapify(source.heap)
-        left = {entry.keys[entry.group] for entry in source.heap if entry.keys}
-        for entry in taken:
-            self._count(entry, -1)
-            for key in entry.keys[entry.group :]:  # a prefix that the victim never began has moved as a whole
-                homes = self._home(key)
-                if key not in left and not homes.warm >> victim & 1:
-                    homes.chosen &= ~(1 << victim)
-            self._put(entry, thief)
 
     def _place(self, entry: _Entry[ItemT]) -> None:
         """Onto the shelf of the lane that suits it best."""
