@@ -23,7 +23,7 @@ from shoal.driver.draft import Plan, SchedulerLimits
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
-from shoal.driver.request import EngineRequest, FinishedRequest, Request
+from shoal.driver.request import EngineRequest, FinishedRequest, Request, pack_results, unpack_results
 from shoal.driver.resolve import (
     CPU_DECODE_BURST,
     GPU_DECODE_BURST,
@@ -31,7 +31,9 @@ from shoal.driver.resolve import (
     check_model_len,
     count_blocks,
     pick_device,
+    plans_in_flight,
     resolve_budgets,
+    scarcest,
 )
 from shoal.driver.scheduler import Scheduler
 from shoal.driver.stop_strings import StopStrings
@@ -57,6 +59,14 @@ class Collected:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_made_tokens: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        counts = (self.mark, self.num_running, self.num_waiting, self.kv_cache_usage, self.num_made_tokens)
+        return _unpack_collected, (pack_results(self.finished), *counts)
+
+
+def _unpack_collected(rows: list[tuple[Any, ...]], *counts: Any) -> Collected:
+    return Collected(unpack_results(rows), *counts)
 
 
 @dataclass(slots=True)
@@ -102,7 +112,8 @@ class Driver:
         """Get the ranks their places and their processes started; the model need not be known."""
         config = self._config
         device = pick_device(config, ray.cluster_resources())
-        self._group = WorkerGroup(config.tensor_parallel_size, device, config.placement_timeout_s, self._env)
+        sizes = config.tensor_parallel_size, config.pipeline_parallel_size
+        self._group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env)
         self._placed = True
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
@@ -111,6 +122,7 @@ class Driver:
         self._spec, self._load = spec, load
         self._stop_strings = StopStrings(tokenizer_json)
         spec.check_tensor_parallel(config.tensor_parallel_size)
+        spec.check_pipeline_parallel(config.pipeline_parallel_size)
         dtype = resolve_dtype(config.dtype, spec, device, load.load_format == "gguf")
         self._resolved = resolved = self._set_up(device, dtype, check_model_len(config, spec))
         self._scheduler = Scheduler(self._limits(resolved), self._stop_strings.check)
@@ -135,27 +147,27 @@ class Driver:
             tokens,
             config.enforce_eager,
             threads,
+            group.num_stages,
         )
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, GROUP_TIMEOUT_S
         )
-        block_bytes = max(report["block_bytes"] for report in reports)
-        if config.kv_cache_memory_bytes is not None:
-            free = config.kv_cache_memory_bytes
-        elif device == "cpu":
-            free = cpu_kvcache_bytes()
+        if config.kv_cache_memory_bytes is not None or device == "cpu":
+            frees = [config.kv_cache_memory_bytes or cpu_kvcache_bytes()] * group.world_size
         else:
-            free = min(group.run("free_kv_bytes", config.gpu_memory_utilization))
+            frees = group.run("free_kv_bytes", config.gpu_memory_utilization)
+        free, block_bytes = scarcest(frees, [report["block_bytes"] for report in reports])
         num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
         group.run("allocate_kv", num_blocks)
         self._channel = group.open_channel(config.step_channel)
-        burst = config.decode_burst or (CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST)
+        burst = CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST
+        burst = config.decode_burst or (burst if group.num_stages == 1 else 1)
         steady = self._has_processors  # custom processors see every token before the next is planned
         return ResolvedConfig(
-            self._load.model, self._spec.architecture, device, dtype, group.world_size, max_model_len, rows, tokens,
+            self._load.model, self._spec.architecture, device, dtype, group.stage_size, max_model_len, rows, tokens,
             config.block_size, num_blocks, num_blocks * block_bytes, reports[0]["weight_bytes"],
             max(report["load_s"] for report in reports), 1 if steady else burst,
-            config.lookahead if config.async_scheduling and not steady else 0,
+            plans_in_flight(config, steady), group.num_stages,
         )  # fmt: skip
 
     def _limits(self, resolved: ResolvedConfig) -> SchedulerLimits:
@@ -171,6 +183,7 @@ class Driver:
             config.enable_prefix_caching,
             config.enable_chunked_prefill,
             config.scheduling_policy == "priority",
+            resolved.pipeline_parallel_size,
         )
 
     def shutdown(self) -> None:

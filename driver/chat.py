@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from shoal.driver.inputs import Prompt, parse_prompt
+from shoal.driver.local_files import is_template_text, read_template
 
 ContentFormat = Literal["auto", "string", "openai"]
 
@@ -70,8 +70,12 @@ class ChatRenderer:
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        allowed_folder: str | None = None,
     ) -> None:
-        """`chat_template`: Jinja text, a path to it, or a name of one of the tokenizer's; None: the tokenizer's own."""
+        """`chat_template`: Jinja text, a path to it, or a name of one of the tokenizer's; None: the tokenizer's own.
+
+        `allowed_folder`: where such a path may lie, beside the working directory.
+        """
         if tokenizer is None:
             raise ValueError("chat() needs a tokenizer, but skip_tokenizer_init=True: use generate() with token ids")
         extra = dict(chat_template_kwargs or {})
@@ -85,7 +89,7 @@ class ChatRenderer:
                 f"chat_template_content_format must be 'auto', 'string' or 'openai', got {content_format!r}"
             )
         self._tokenizer = tokenizer
-        self._template = load_chat_template(chat_template, tokenizer)
+        self._template = load_chat_template(chat_template, tokenizer, allowed_folder)
         self._arguments = {
             **extra,
             "add_generation_prompt": add_generation_prompt,
@@ -110,7 +114,7 @@ class ChatRenderer:
 
     def _source(self, has_tools: bool) -> str:
         """The text of the template in use. ChatTemplateError when there is none."""
-        if self._template is not None and "{" in self._template:
+        if self._template is not None and is_template_text(self._template):
             return self._template
         try:
             return str(self._tokenizer.get_chat_template(self._template, tools=[{}] if has_tools else None))
@@ -134,7 +138,7 @@ class ChatRenderer:
         return result
 
 
-def load_chat_template(template: str | None, tokenizer: Any) -> str | None:
+def load_chat_template(template: str | None, tokenizer: Any, allowed_folder: str | None = None) -> str | None:
     """Template text from text, from a path, or (left as it is) the name of one of the tokenizer's templates."""
     if template is None:
         return None
@@ -143,13 +147,7 @@ def load_chat_template(template: str | None, tokenizer: Any) -> str | None:
     named = tokenizer.chat_template
     if isinstance(named, dict) and template in named:
         return template
-    if "{" in template or "\n" in template:
-        return template
-    path = os.path.expanduser(template)
-    if not os.path.isfile(path):
-        raise ValueError(f"chat_template {template!r} is neither Jinja text (no '{{' in it) nor a file")
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return read_template("chat_template", template, allowed_folder)
 
 
 def _part_texts(content: Any) -> list[str]:

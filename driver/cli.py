@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from shoal.driver.secrecy import masked
+
 # Name, what it does, and the module with its `add_arguments(parser)` and `run(args) -> exit status`.
 COMMANDS = {
     "bench": ("measure the engine on made-up work", "shoal.driver.bench.command"),
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(module).run(args))
     except ValueError as error:
-        print(f"shoal {args.command}: error: {error}", file=sys.stderr)
+        print(masked(f"shoal {args.command}: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as a shell says it of a command that Ctrl-C ended

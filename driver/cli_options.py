@@ -11,15 +11,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from shoal.driver.config import EngineConfig
+from shoal.driver.secrecy import GIVE_TOKEN
 
 _DEST = "engine."  # keeps a flag's place apart from the command's own arguments of the same name
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field but `model`: `--max-num-seqs 512`, `--enforce-eager`, `--no-enable-prefix-caching`,
-    JSON for dicts, "module:Class" (one or more) for lists."""
+    """A flag for every field but `model` (that for `hf_token` refuses): `--max-num-seqs 512`, `--enforce-eager`,
+    `--no-enable-prefix-caching`, JSON for dicts, "module:Class" (one or more) for lists."""
     group = parser.add_argument_group("engine options", "as in LLM(...); what is not given keeps its default there")
-    add_field_options(group, EngineConfig, {"model"}, _DEST)
+    add_field_options(group, EngineConfig, {"model", "hf_token"}, _DEST)
+    group.add_argument("--hf-token", nargs="?", action=_NoSecret, help=f"refused: {GIVE_TOKEN}")
 
 
 def add_field_options(group: Any, config: type[BaseModel], skip: Container[str], prefix: str) -> None:
@@ -66,3 +68,12 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return value
+
+
+class _NoSecret(argparse.Action):
+    """A flag that there is only to be refused: `ps`, shells' histories and Ray's dashboard show what it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Ends the command without repeating the value."""
+        flag = self.option_strings[0]
+        parser.error(f"{flag}: a command line is seen by others; {GIVE_TOKEN}")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shoal.driver.secrecy import is_secret
+
 GIB = 1 << 30
 
 # Names that users of vLLM know and this version does not do. Refused by name, never ignored.
@@ -88,6 +90,8 @@ class EngineConfig(BaseModel):
     """Of everything random that a request does not seed itself."""
     chat_template: str | None = None
     """Jinja text or a path to it, in place of the tokenizer's."""
+    allowed_local_path: str | None = None
+    """Folder whose files chat_template and a job's prompt_template may name, beside the working directory."""
     generation_config: str = "auto"
     """"auto": generation_config.json beside the model gives default sampling parameters; "vllm" or "shoal": none does;
     else a folder that holds one."""
@@ -117,9 +121,10 @@ class EngineConfig(BaseModel):
     async_scheduling: bool = True
     """Plan the next step before the last one's results are back. False is `lookahead=0`."""
     lookahead: int = Field(default=2, ge=0, le=16)
-    """Plans in flight beyond the one that runs."""
+    """Plans in flight beyond those that run (one in each pipeline stage). 0: one plan at a time."""
     decode_burst: int | None = Field(default=None, ge=1, le=256)
-    """Decode steps granted in one plan when nothing else is to do. None: 8."""
+    """Decode steps granted in one plan when nothing else is to do. None: 8; 4 on a CPU; 1 with pipeline stages, which
+    work on one step of a burst in turn."""
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
     """Share of the GPU's whole memory this engine may use."""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
@@ -133,8 +138,8 @@ class EngineConfig(BaseModel):
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; one Ray worker each."""
-    pipeline_parallel_size: Literal[1] = 1
-    """Stages of layers; one, in this version."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Stages of consecutive layers, each of tensor_parallel_size ranks, for models beyond one node."""
     distributed_executor_backend: Literal["ray"] | None = None
     """Ray is the only one."""
     address: str | None = None
@@ -155,6 +160,13 @@ class EngineConfig(BaseModel):
         if not value.strip():
             raise ValueError("model must name a folder, a .gguf file or a hub id, got an empty string")
         return os.path.expanduser(value)
+
+    @field_validator("allowed_local_path")
+    @classmethod
+    def _folder_there(cls, value: str | None) -> str | None:
+        if value is not None and not os.path.isdir(os.path.expanduser(value)):
+            raise ValueError(f"allowed_local_path must be a folder, got {value!r}")
+        return value
 
     @field_validator("async_scheduling", "enable_prefix_caching", "enable_chunked_prefill", mode="before")
     @classmethod
@@ -208,7 +220,13 @@ def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
 def _say(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message} (got {_short(error['input'])})" if where else message
+    return f"{where}: {message}{got(error)}" if where else message
+
+
+def got(error: Any) -> str:
+    """What a field was given, for an error's message; nothing where it may be a secret."""
+    hidden = any(is_secret(str(part)) for part in error["loc"])
+    return "" if hidden else f" (got {_short(error['input'])})"
 
 
 def cpu_kvcache_bytes() -> int:

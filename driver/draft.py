@@ -24,6 +24,7 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     use_priority: bool = False
+    num_lanes: int = 1  # groups of rows that take turns, one a plan: as many as there are pipeline stages
 
 
 @dataclass(slots=True)

@@ -12,12 +12,13 @@ import ray
 from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
+from shoal.driver.secrecy import is_secret
 
 if TYPE_CHECKING:
     from shoal.driver.metrics import Metric
     from shoal.driver.model_config import ResolvedModel
-    from shoal.driver.request import EngineRequest
 
 # Settings of the user's environment that the ranks' processes need, wherever they run.
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
@@ -40,7 +41,12 @@ def connect(address: str | None) -> None:
         return
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
     _started_ray = True
-    _inherited_env.update({name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)})
+    _inherited_env.update(environment())
+
+
+def environment() -> dict[str, str]:
+    """What goes to other processes as their runtime_env: no secrets, for Ray logs and shows runtime_envs."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES) and not is_secret(name)}
 
 
 def ask(reference: Any) -> Any:
@@ -69,12 +75,13 @@ class Engine:
         """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
         set_up_logging()
         connect(config.address)
-        env = {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES)}
+        env = environment()
         if env == _inherited_env:
             env = {}  # every process of this Ray has it already, and Ray starts processes faster without
         # What may need torch to unpack travels as a reference; the driver passes it on to the ranks.
         processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
-        plain = config.model_copy(update={"hf_overrides": None, "logits_processors": []})
+        # The hub's token goes to the ranks in LoadConfig, and nowhere else.
+        plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
         driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(plain, processors, env)
         try:
             placing = driver.place.remote()
@@ -93,7 +100,7 @@ class Engine:
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
-        ask(self._driver.submit.remote(requests))
+        ask(self._driver.submit.remote(RequestBatch(requests)))
 
     def collect(self, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds."""

@@ -261,6 +261,14 @@ class InputProcessor:
             )
 
     def _check(self, ids: list[int]) -> list[int]:
+        self.check_length(ids)
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"Token id {token} is out of vocabulary: the model has ids 0 to {self.vocab_size - 1}")
+        return ids
+
+    def check_length(self, ids: list[int]) -> None:
+        """Raises ValueError for a prompt that is empty, or leaves no room for a token."""
         length, limit = len(ids), self.max_model_len
         if not length:
             raise ValueError("The decoder prompt cannot be empty")
@@ -275,10 +283,6 @@ class InputProcessor:
                 f"longer than the maximum model length of {limit}. Make sure that `max_model_len` is no smaller than "
                 "the number of text tokens (prompt + requested output tokens)."
             )
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"Token id {token} is out of vocabulary: the model has ids 0 to {self.vocab_size - 1}")
-        return ids
 
 
 def most_chars_per_token(tokenizer_json: str | None) -> tuple[int | None, bool]:

@@ -177,6 +177,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            allowed_folder=self.config.allowed_local_path,
         )
         batch = self._chat_batch(messages, sampling_params, renderer, tokenization_kwargs, on_error)
         return self._client.run(batch, use_tqdm)
@@ -229,6 +230,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            allowed_folder=self.config.allowed_local_path,
         )
         batch = self._chat_batch(messages, sampling_params, renderer, tokenization_kwargs, on_error)
         return self._client.enqueue(batch, use_tqdm)
@@ -274,7 +276,7 @@ class LLM:
     def get_world_size(self, include_dp: bool = True) -> int:
         """Ranks of the engine; there is one replica, so `include_dp` changes nothing."""
         self._require_open()
-        return self.resolved.tensor_parallel_size
+        return self.resolved.world_size
 
     def collective_rpc(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 
+from shoal.driver.secrecy import MaskSecrets
+
 LOGGER = logging.getLogger("shoal")
+LOGGER.addFilter(MaskSecrets())
 
 
 def set_up_logging() -> None:

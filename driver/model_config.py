@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.workers.config import LoadConfig
 from shoal.workers.loading.files import CONFIG_FILE
-from shoal.workers.loading.hub import ensure_files, invalid_model, is_commit
+from shoal.workers.loading.hub import ensure_files, hub_token, invalid_model, is_commit
 
 if TYPE_CHECKING:
     from shoal.driver.config import EngineConfig
@@ -59,7 +59,7 @@ def resolve_model(config: EngineConfig) -> ResolvedModel:
         model=config.model if is_commit(path) else str(path),
         load_format=config.load_format,
         revision=is_commit(path) or config.revision,
-        hf_token=config.hf_token,
+        hf_token=config.hf_token or (hub_token() if is_commit(path) else None),
         download_dir=config.download_dir,
         seed=config.seed,
     )
@@ -124,9 +124,11 @@ def load_tokenizer(config: EngineConfig, model: ResolvedModel) -> Any:
             str(path), use_fast=config.tokenizer_mode != "slow", trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # transformers raises anything from OSError to AttributeError for a broken tokenizer
+        own_code = not config.trust_remote_code and "trust_remote_code" in str(error)
+        why = "it comes with code of its own, which runs only with trust_remote_code=True" if own_code else None
         raise ValueError(
-            f"cannot load a tokenizer from {path}: {_first_line(error)}. Give tokenizer= a folder or hub id that has "
-            "one, or skip_tokenizer_init=True to pass token ids."
+            f"cannot load a tokenizer from {path}: {why or _first_line(error)}. Give tokenizer= a folder or hub id "
+            "that has one, or skip_tokenizer_init=True to pass token ids."
         ) from error
 
 

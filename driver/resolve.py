@@ -34,7 +34,13 @@ class ResolvedConfig:
     weight_bytes: int  # of rank 0
     load_s: float
     decode_burst: int
-    lookahead: int
+    lookahead: int  # plans in flight, less one
+    pipeline_parallel_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of this replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -44,7 +50,8 @@ class ResolvedConfig:
     def __str__(self) -> str:
         concurrency = self.kv_cache_tokens / self.max_model_len
         return (
-            f"{self.architecture} {self.dtype} on {self.tensor_parallel_size} {self.device} rank(s); "
+            f"{self.architecture} {self.dtype} on {self.world_size} {self.device} rank(s)"
+            f"{f' in {self.pipeline_parallel_size} stages' if self.pipeline_parallel_size > 1 else ''}; "
             f"weights {self.weight_bytes / GIB:.2f} GiB a rank, loaded in {self.load_s:.1f} s; "
             f"KV cache size: {self.kv_cache_tokens:,} tokens ({self.kv_cache_bytes / GIB:.2f} GiB a rank); "
             f"maximum concurrency for {self.max_model_len:,} tokens per request: {concurrency:.2f}x; "
@@ -71,9 +78,11 @@ def pick_device(config: EngineConfig, resources: dict[str, float]) -> str:
     gpus = int(resources.get("GPU", 0))
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return "cpu"
-    if gpus < config.tensor_parallel_size:
+    tensor, stages = config.tensor_parallel_size, config.pipeline_parallel_size
+    if gpus < tensor * stages:
+        asked = f"tensor_parallel_size={tensor}" + (f", pipeline_parallel_size={stages}" if stages > 1 else "")
         raise ValueError(
-            f"tensor_parallel_size={config.tensor_parallel_size} needs as many GPUs; the Ray cluster has {gpus}. "
+            f"{asked} needs {tensor * stages} GPU(s); the Ray cluster has {gpus}. "
             'Lower it, join a larger cluster (address), or use device="cpu".'
         )
     return "cuda"
@@ -96,6 +105,18 @@ def resolve_budgets(config: EngineConfig, max_model_len: int, probes: list[dict[
             "max_model_len."
         )
     return rows, min(tokens, rows * max_model_len)
+
+
+def scarcest(free_bytes: list[int], block_bytes: list[int]) -> tuple[int, int]:
+    """(free bytes, bytes of a block) of the rank that has room for the fewest blocks: every rank gets as many."""
+    return min(zip(free_bytes, block_bytes, strict=True), key=lambda pair: pair[0] // pair[1])
+
+
+def plans_in_flight(config: EngineConfig, steady: bool) -> int:
+    """Plans that may be in flight at once, less one. `steady`: each must see the tokens of the one before."""
+    if steady or not config.async_scheduling or not config.lookahead:
+        return 0
+    return config.lookahead + config.pipeline_parallel_size - 1
 
 
 def count_blocks(config: EngineConfig, free_bytes: int, block_bytes: int, max_model_len: int) -> tuple[int, int]:

@@ -36,6 +36,8 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
+        self._lane = 0  # whose turn it is
+        self._lane_sizes = [0] * limits.num_lanes  # running rows of each
         self._drain = False  # a preemption waits for the plans in flight
         self._next_step = 0
 
@@ -113,11 +115,17 @@ class Scheduler:
         if self._drain and self.num_plans_inflight:
             return None
         self._drain = False
-        draft = Draft()
-        budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
-        if not self._drain:
-            self._schedule_waiting(draft, budget)
-        return self._seal(draft) if draft.requests else None
+        for _ in self._lane_sizes:
+            draft = Draft()
+            budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
+            if not self._drain:
+                self._schedule_waiting(draft, budget)
+            self._lane = (self._lane + 1) % self.limits.num_lanes
+            if draft.requests:
+                return self._seal(draft)
+            if self._drain:
+                break
+        return None
 
     def _schedule_running(self, draft: Draft, budget: int) -> int:
         num_steps = self._burst_length()
@@ -125,8 +133,8 @@ class Scheduler:
         for request in list(self.running):
             if budget == 0:
                 break
-            if request.status is not RequestStatus.RUNNING or request.finished:
-                continue  # preempted above, or ended and waiting for its plans
+            if request.status is not RequestStatus.RUNNING or request.finished or request.lane != self._lane:
+                continue  # preempted above, or ended and waiting for its plans; or of a lane whose turn it is not
             count = min(self._pending(request), budget)
             if count == 0:
                 continue
@@ -144,7 +152,7 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
-        while budget and self._free_rows:
+        while budget and self._free_rows and self._lane_has_room():
             request = self._head()
             if request is None:
                 return
@@ -164,6 +172,10 @@ class Scheduler:
             assert allocated
             self._put(draft, request, count, 1)
             budget -= count
+
+    def _lane_has_room(self) -> bool:
+        """Lanes stay even, so that every pipeline stage finds rows whose tokens are not still being sampled."""
+        return self._lane_sizes[self._lane] < -(-len(self._requests) // self.limits.num_lanes)
 
     def _burst_length(self) -> int:
         """Steps to grant: more than one only while every row decodes and nobody can be let in."""
@@ -225,6 +237,8 @@ class Scheduler:
     def _admit(self, draft: Draft, request: Request, hits: list[int], num_cached: int) -> None:
         self.kv.admit(request, hits)
         request.row = self._free_rows.pop()
+        request.lane = self._lane
+        self._lane_sizes[self._lane] += 1
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_cached
         if not request.stats.scheduled_ts:
@@ -346,6 +360,7 @@ class Scheduler:
         self.running.remove(request)
         self.kv.release(request)
         self._free_rows.append(request.row)
+        self._lane_sizes[request.lane] -= 1
         request.row = -1
         request.num_granted_blocks = 0
 

@@ -35,7 +35,7 @@ class PlacementError(RuntimeError):
 
 
 class StepChannel(Protocol):
-    """Plans out to every rank, results back from rank 0, in order."""
+    """Plans out to every rank, results back from the one that answers (the last stage's first), in order."""
 
     def send(self, step_id: int, frame: bytes) -> None:
         """Give every rank the frame."""
@@ -53,7 +53,8 @@ class StepChannel(Protocol):
 class SocketChannel:
     """One socket a rank. A rank that dies hangs up, which `receive` notices at once."""
 
-    def __init__(self, ranks: Sequence[Any], same_node: Sequence[bool]) -> None:
+    def __init__(self, ranks: Sequence[Any], same_node: Sequence[bool], answering: int) -> None:
+        self._answering = answering
         secret = secrets.token_bytes(32)
         self._connections: dict[int, Connection] = {}
         for local in sorted(set(same_node)):
@@ -88,7 +89,7 @@ class SocketChannel:
                 except (EOFError, OSError) as error:
                     raise RankDiedError(f"rank {rank} died (its step channel closed)") from error
                 _raise_error(frame)
-                if rank == 0:
+                if rank == self._answering:
                     return bytes(frame)
 
     def close(self) -> None:
@@ -100,8 +101,8 @@ class SocketChannel:
 class RayChannel:
     """Frames as plain actor calls; the ranks put them in order by step id."""
 
-    def __init__(self, ranks: Sequence[Any]) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Sequence[Any], answering: int) -> None:
+        self._ranks, self._answering = ranks, answering
         self._pending: list[list[Any]] = []
 
     def send(self, step_id: int, frame: bytes) -> None:
@@ -116,24 +117,32 @@ class RayChannel:
             raise RankDiedError(f"a rank died: {error}") from error
         for answer in answers:
             _raise_error(answer)
-        return bytes(answers[0])
+        return bytes(answers[self._answering])
 
     def close(self) -> None:
         """Nothing to hang up."""
 
 
 class WorkerGroup:
-    """Placement group and rank actors of one replica. Created by the driver actor, which owns them."""
+    """Placement group and rank actors of one replica. Created by the driver actor, which owns them.
 
-    def __init__(self, world_size: int, device: str, timeout_s: float, env: dict[str, str]) -> None:
-        bundle = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
-        self.world_size = world_size
+    One bundle is one pipeline stage, so its tensor-parallel ranks are on one node; stages may be on several, packed as
+    far as they fit. Rank r belongs to stage r // stage_size and is started in that stage's bundle: which node a bundle
+    got never changes the order of ranks.
+    """
+
+    def __init__(self, sizes: tuple[int, int], device: str, timeout_s: float, env: dict[str, str]) -> None:
+        """`sizes`: ranks of a stage (tensor_parallel_size), and stages (pipeline_parallel_size)."""
+        rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
+        self.stage_size, self.num_stages = sizes
+        self.world_size = self.stage_size * self.num_stages
         self.device = device
-        self._group = placement_group([bundle] * world_size, strategy="STRICT_PACK" if world_size > 1 else "PACK")
+        stage_needs = {name: need * self.stage_size for name, need in rank_needs.items()}
+        self._group = placement_group([stage_needs] * self.num_stages, strategy="PACK")
         try:
             if not self._group.wait(timeout_s):
-                raise PlacementError(_what_is_missing(bundle, world_size, timeout_s, self._group))
-            self.ranks = [self._start(rank, bundle, env) for rank in range(world_size)]
+                raise PlacementError(_what_is_missing(rank_needs, sizes, timeout_s, self._group))
+            self.ranks = [self._start(rank, rank_needs, env) for rank in range(self.world_size)]
             self._watches = {
                 rank.watch.options(concurrency_group="watch").remote(): i for i, rank in enumerate(self.ranks)
             }
@@ -143,11 +152,12 @@ class WorkerGroup:
             raise
         self._channel: StepChannel | None = None
 
-    def _start(self, rank: int, bundle: dict[str, float], env: dict[str, str]) -> Any:
+    def _start(self, rank: int, needs: dict[str, float], env: dict[str, str]) -> Any:
+        stage = rank // self.stage_size
         options: dict[str, Any] = {
-            "num_cpus": bundle["CPU"],
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
+            "num_cpus": needs["CPU"],
+            "num_gpus": needs.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=stage),
         }
         if self.device == "cuda" and self.world_size > 1:  # ranks that share memory must see all GPUs of their host
             env = env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -166,11 +176,12 @@ class WorkerGroup:
 
     def open_channel(self, kind: str) -> StepChannel:
         """The step channel; plans may be sent after this."""
+        answering = self.world_size - self.stage_size
         if kind == "ray":
-            self._channel = RayChannel(self.ranks)
+            self._channel = RayChannel(self.ranks, answering)
         else:
             here = ray.get_runtime_context().get_node_id()
-            self._channel = SocketChannel(self.ranks, [probe["node_id"] == here for probe in self.probes])
+            self._channel = SocketChannel(self.ranks, [probe["node_id"] == here for probe in self.probes], answering)
         return self._channel
 
     def run(self, method: str, *args: Any) -> list[Any]:
@@ -232,16 +243,19 @@ def _raise_error(frame: bytes) -> None:
         raise RankDiedError(f"rank {report['rank']} failed in a step:\n{report['traceback']}")
 
 
-def _what_is_missing(bundle: dict[str, float], world_size: int, timeout_s: float, group: Any) -> str:
+def _what_is_missing(needs: dict[str, float], sizes: tuple[int, int], timeout_s: float, group: Any) -> str:
     """Why the ranks have no place, with the numbers."""
+    stage_size, num_stages = sizes
+    world_size = stage_size * num_stages
     total, free = ray.cluster_resources(), ray.available_resources()
     lines = [
         f"{name}: {world_size * need:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}"
-        for name, need in bundle.items()
+        for name, need in needs.items()
     ]
     state = placement_group_table(group).get("state", "unknown")
     return (
-        f"the Ray cluster could not place {world_size} rank(s) of {bundle} on one node within {timeout_s:g} s "
+        f"the Ray cluster could not place {world_size} rank(s) of {needs}, {stage_size} on one node, "
+        f"within {timeout_s:g} s "
         f"(placement group {state}; {'; '.join(lines)}; driver on {socket.gethostname()}, pid {os.getpid()}). "
-        "Free resources, lower tensor_parallel_size, or raise placement_timeout_s."
+        "Free resources, lower tensor_parallel_size or pipeline_parallel_size, or raise placement_timeout_s."
     )

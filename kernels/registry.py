@@ -24,6 +24,7 @@ OPS = {
     "sample_filtered": "shoal.kernels.ops.sampling:sample_filtered",
     "sample_rows": "shoal.kernels.ops.sample_rows:sample_rows",
     "store_kv": "shoal.kernels.ops.store_kv:store_kv",
+    "sum_add_norm": "shoal.kernels.ops.sum_add_norm:sum_add_norm",
     "top_ids": "shoal.kernels.ops.top_ids:top_ids",
 }
 

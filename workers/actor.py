@@ -15,12 +15,15 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Client, Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from shoal.workers.config import WorkerConfig
 from shoal.workers.host import keep_freed_memory
+
+if TYPE_CHECKING:
+    import torch
 
 STOP = object()
 
@@ -37,6 +40,7 @@ class Worker:
         self._frames: dict[int, tuple[bytes, Future[bytes]]] = {}
         self._next_frame = 0
         self._device, self._gpu = "cpu", 0
+        self._answers_driver = rank == 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._answer, name="answers", daemon=True).start()
         self._thread = threading.Thread(target=self._loop, name=f"rank-{rank}", daemon=True)
@@ -95,18 +99,23 @@ class Worker:
 
         from shoal.kernels.registry import use_implementation
         from shoal.workers.parallel import TensorParallel
+        from shoal.workers.pipeline import Pipeline, Stage
         from shoal.workers.runner import ModelRunner
 
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         use_implementation("triton" if config.device == "cuda" else "reference")
-        self._tp = TensorParallel.init(config.rank, config.world_size, init_method, config.device, timeout_s)
-        self.runner = ModelRunner(config, self._tp, processors)
+        stages = config.num_stages
+        self._tp = TensorParallel.init(config.rank, config.world_size, init_method, config.device, timeout_s, stages)
+        stage = Stage(config.rank // self._tp.world_size, stages)
+        self._answers_driver = stage.last and self._tp.rank == 0
+        pipeline = Pipeline.init(stage, self._tp.rank, self._tp.world_size, self._torch_device())
+        self.runner = ModelRunner(config, self._tp, processors, pipeline)
         seconds = self.runner.load()
         return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
 
     def connect(self, address: Any, family: str, secret: bytes) -> None:
-        """Take plans from the driver's listener from now on; rank 0 answers there."""
+        """Take plans from the driver's listener from now on; the first rank of the last stage answers there."""
         connection: Connection = Client(address, family, authkey=secret)
         connection.send_bytes(str(self.rank).encode())
         threading.Thread(target=self._read, args=(connection,), name="step-channel", daemon=True).start()
@@ -193,11 +202,16 @@ class Worker:
 
                 torch.cuda.set_device(self._gpu)
             frame = wait()
-            if self.rank == 0 or frame.startswith(ERROR):
+            if self._answers_driver or frame.startswith(ERROR):
                 try:
                     connection.send_bytes(frame)
                 except OSError:
                     return  # the driver is gone
+
+    def _torch_device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", self._gpu) if self._device == "cuda" else torch.device("cpu")
 
     def _gpu_index(self) -> int:
         """Every rank sees all GPUs of its host; Ray says which one is its own."""

@@ -34,3 +34,4 @@ class ForwardBatch:
     input_ids: torch.Tensor  # int64 [num_tokens]
     positions: torch.Tensor  # int64 [num_tokens]
     attention: AttentionMetadata
+    hidden: torch.Tensor | None = None  # [num_tokens, hidden]: what the pipeline stage before made of the ids

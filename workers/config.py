@@ -40,3 +40,4 @@ class WorkerConfig:
     max_num_batched_tokens: int
     enforce_eager: bool = False
     num_threads: int | None = None  # CPU ranks: torch threads
+    num_stages: int = 1  # pipeline stages; the ranks of one are consecutive

@@ -18,6 +18,7 @@ from shoal.kernels.ops.decode_step import append_decode, prepare_decode
 from shoal.kernels.ops.sample_rows import sample_rows
 from shoal.workers.batch import AttentionMetadata, ForwardBatch
 from shoal.workers.pending import to_device
+from shoal.workers.pipeline import Stage
 from shoal.workers.plan import Int32
 from shoal.workers.sampling_state import SamplingState
 from shoal.workers.state import BatchState
@@ -40,6 +41,7 @@ class DecodeGraphs:
         self, model: Any, kv_cache: list[torch.Tensor], state: BatchState, sampling: SamplingState, max_num_seqs: int
     ) -> None:
         self._model, self._kv_cache, self._state, self._sampling = model, kv_cache, state, sampling
+        self._stage: Stage = model.stage
         self._sizes = graph_sizes(max_num_seqs)
         device, most = state.device, max_num_seqs
         self._max_len = state.token_ids.shape[1]
@@ -51,6 +53,7 @@ class DecodeGraphs:
         self._input_ids, self._positions, self._slots = (buffer(torch.int64, most) for _ in range(3))
         self._seq_lens, self._out = buffer(torch.int32, most), buffer(torch.int32, most)
         self._block_tables = buffer(torch.int32, most, state.block_tables.shape[1])
+        self.hidden = None if self._stage.first else buffer(kv_cache[0].dtype, most, model.spec.hidden_size)  # input
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -75,7 +78,7 @@ class DecodeGraphs:
         return self._replay(full=True)
 
     def logits(self) -> torch.Tensor:
-        """One step up to the logits [>= rows, vocab]."""
+        """One step up to the logits [>= rows, vocab]; before the last pipeline stage up to the hidden states."""
         return self._replay(full=False)
 
     def _replay(self, full: bool) -> torch.Tensor:
@@ -132,7 +135,11 @@ class DecodeGraphs:
             1,
             self._bound,
         )
-        hidden = self._model(ForwardBatch(self._input_ids[:n], self._positions[:n], attention), self._kv_cache)
+        received = None if self.hidden is None else self.hidden[:n]
+        batch = ForwardBatch(self._input_ids[:n], self._positions[:n], attention, received)
+        hidden: torch.Tensor = self._model(batch, self._kv_cache)
+        if not self._stage.last:
+            return hidden
         logits: torch.Tensor = self._model.compute_logits(hidden)
         return logits
 

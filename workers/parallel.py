@@ -19,11 +19,14 @@ class TensorParallel:
         self.group = group
 
     @classmethod
-    def init(cls, rank: int, world_size: int, init_method: str, device: str, timeout_s: float) -> TensorParallel:
+    def init(
+        cls, rank: int, world_size: int, init_method: str, device: str, timeout_s: float, num_stages: int = 1
+    ) -> TensorParallel:
         """Join the process group: gloo for device "cpu", NCCL for "cuda". Alone, no group is made.
 
         `init_method` is torch's ("tcp://host:port", "file:///path"). A rank that waits longer than `timeout_s` for the
-        others, here or in a collective, raises (NCCL: its watchdog ends the process).
+        others, here or in a collective, raises (NCCL: its watchdog ends the process). `num_stages` pipeline stages cut
+        the world into as many groups of consecutive ranks; the result is this rank's place in its own.
         """
         if world_size == 1:
             return cls()
@@ -35,12 +38,20 @@ class TensorParallel:
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        return cls(rank, world_size, dist.group.WORLD)
+        if num_stages == 1:
+            return cls(rank, world_size, dist.group.WORLD)
+        size = world_size // num_stages
+        assert size * num_stages == world_size, (world_size, num_stages)
+        # Every rank takes part in the making of every group.
+        groups = (
+            [dist.new_group(range(first, first + size)) for first in range(0, world_size, size)] if size > 1 else []
+        )
+        return cls(rank % size, size, groups[rank // size] if groups else None)
 
     def destroy(self) -> None:
-        """Leave the process group; safe to call twice."""
-        if self.group is not None:
-            self.group = None
+        """Leave the process groups; safe to call twice."""
+        self.group = None
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from shoal.workers.loading import load_weights
 from shoal.workers.models.registry import load_model_class
 from shoal.workers.parallel import TensorParallel
 from shoal.workers.pending import PendingOutput, to_device
+from shoal.workers.pipeline import Pipeline
 from shoal.workers.plan import Int32, SchedulerOutput, concat_logprobs
 from shoal.workers.sampler import Sampler, SamplingState
 from shoal.workers.state import BatchState
@@ -31,10 +32,19 @@ _PROMPT_LOGITS_BYTES = 256 << 20  # float32 logits of prompt positions held at o
 class ModelRunner:
     """Everything a rank computes with. One thread calls it; that thread sets the device and inference mode."""
 
-    def __init__(self, config: WorkerConfig, tp: TensorParallel, logits_processors: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        tp: TensorParallel,
+        logits_processors: Sequence[Any] = (),
+        pipeline: Pipeline | None = None,
+    ) -> None:
         self.config = config
         self.tp = tp
+        self.pipeline = pipeline or Pipeline()
+        self.stage = self.pipeline.stage
         self.spec = config.spec
+        self.num_layers = len(self.spec.stage_layers(self.stage.index, self.stage.count))  # of this rank
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
@@ -59,7 +69,7 @@ class ModelRunner:
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                self.model = load_model_class(self.spec.model_class)(self.spec, self.tp)
+                self.model = load_model_class(self.spec.model_class)(self.spec, self.tp, self.stage)
             load_weights(self.model, self.config.load)
         finally:
             torch.set_default_dtype(previous)
@@ -71,9 +81,9 @@ class ModelRunner:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def block_bytes(self) -> int:
-        """Bytes of one KV block over all layers on this rank."""
+        """Bytes of one KV block over all layers of this rank."""
         heads = self.spec.num_kv_heads_per_rank(self.tp.world_size)
-        return 2 * self.spec.num_layers * self.config.block_size * heads * self.spec.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.config.block_size * heads * self.spec.head_dim * self.dtype.itemsize
 
     def free_kv_bytes(self, utilization: float) -> int:
         """GPU bytes left for KV: `utilization` of all memory, less what is in use and what a full step needs on top."""
@@ -93,7 +103,7 @@ class ModelRunner:
         heads = self.spec.num_kv_heads_per_rank(self.tp.world_size)
         shape = (2, num_blocks, self.config.block_size, heads, self.spec.head_dim)
         self.num_blocks = num_blocks
-        self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.spec.num_layers)]
+        self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.num_layers)]
         self._make_graphs()
 
     def _make_graphs(self) -> None:
@@ -121,16 +131,21 @@ class ModelRunner:
             max_query_len=length,
             max_seq_len=length,
         )
-        hidden = self.model(ForwardBatch(index % self.spec.vocab_size, index % length, attention), self.kv_cache)
-        self.model.compute_logits(hidden[:rows]).float().softmax(-1)
+        batch = ForwardBatch(index % self.spec.vocab_size, index % length, attention)
+        if not self.stage.first:
+            batch.hidden = torch.zeros(num_tokens, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        hidden = self.model(batch, self.kv_cache)
+        if self.stage.last:
+            self.model.compute_logits(hidden[:rows]).float().softmax(-1)
         self.kv_cache = []
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
     def execute(self, plan: SchedulerOutput) -> PendingOutput:
-        """Run a plan: on a GPU, enqueue it. Every rank does the same and samples the same."""
+        """Run a plan: on a GPU, enqueue it. Every rank of the last stage samples, and samples the same."""
+        self.pipeline.settle(plan.rows, self.state)
         self.state.apply(plan)
-        for new in plan.new_rows:
+        for new in plan.new_rows if self.stage.last else ():
             self.sampling.add(new.row, new.sampling, new.token_ids, new.num_prompt_tokens)
             self._prompt_logprobs.pop(new.row, None)
             if new.sampling.num_prompt_logprobs is not None:
@@ -146,7 +161,7 @@ class ModelRunner:
     def _replay(self, plan: SchedulerOutput, out: PendingOutput) -> None:
         """A plan in which every row decodes, by graphs."""
         assert self.graphs is not None
-        plain = self.sampling.is_plain(plan.rows)
+        plain = self.stage.last and self.sampling.is_plain(plan.rows)
         longest = int(self.state.num_computed[plan.rows].max()) + plan.num_steps
         num_rows = 0
         for step in range(plan.num_steps):
@@ -155,8 +170,14 @@ class ModelRunner:
             if len(rows) != num_rows:
                 num_rows = len(rows)
                 self.graphs.set_rows(rows, longest)
-            if plain:
+            self.pipeline.settle(rows, self.state)
+            if self.graphs.hidden is not None:
+                self.graphs.hidden[:num_rows] = self._receive(num_rows)
+            if not self.stage.last:
+                self._pass_on(self.graphs.logits()[:num_rows].clone(), rows)  # a clone: the next replay writes there
+            elif plain:
                 out.put(active, step, self.graphs.decode()[:num_rows])
+                self.pipeline.give_back(rows, self.state)
             else:
                 self._sample(rows, active, self.graphs.logits()[:num_rows], step, out)
             self.state.advance(rows, np.ones_like(rows))
@@ -164,6 +185,7 @@ class ModelRunner:
     def _run_step(self, plan: SchedulerOutput, step: int, out: PendingOutput) -> None:
         active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
         rows, counts = plan.rows[active], plan.num_scheduled_tokens[active]
+        self.pipeline.settle(rows, self.state)
         if self._drop_ended:
             alive = ~self.state.ended[torch.from_numpy(rows.astype(np.int64))].numpy()
             self.state.advance(rows[~alive], counts[~alive])
@@ -171,11 +193,17 @@ class ModelRunner:
             if not len(rows):
                 return
         batch = self.state.forward_batch(rows, counts)
+        if not self.stage.first:
+            batch.hidden = self._receive(len(batch.input_ids))
         hidden = self.model(batch, self.kv_cache)
+        picks = np.flatnonzero(plan.samples[active])
+        if not self.stage.last:
+            self.state.advance(rows, counts)
+            self._pass_on(hidden, rows[picks])
+            return
         if self._prompt_logprobs:
             self._score_prompts(active, rows, counts, hidden, out)
         self.state.advance(rows, counts)
-        picks = np.flatnonzero(plan.samples[active])
         if len(picks):
             last = batch.attention.cu_seqlens_q[1:].long() - 1
             if len(picks) != len(rows):
@@ -195,6 +223,16 @@ class ModelRunner:
             out.put_logprobs(places, result.logprobs)
         self.state.append(device_rows, result.token_ids, result.ended)
         self.sampler.observe(device_rows, result.token_ids)
+        self.pipeline.give_back(rows, self.state)
+
+    def _pass_on(self, hidden: torch.Tensor, sampling_rows: Int32) -> None:
+        """To the next stage; the last will tell what it sampled for these rows."""
+        self.pipeline.send(hidden)
+        if len(sampling_rows):
+            self.pipeline.expect(sampling_rows, self.state)
+
+    def _receive(self, num_tokens: int) -> torch.Tensor:
+        return self.pipeline.receive(num_tokens, self.spec.hidden_size, self.dtype, self.device)
 
     def _score_prompts(
         self, active: Int32, rows: Int32, counts: Int32, hidden: torch.Tensor, out: PendingOutput

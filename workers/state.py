@@ -83,5 +83,17 @@ class BatchState:
         self.num_tokens[rows] += 1
         self.ended[rows] |= ended
 
+    def newest(self, rows: torch.Tensor) -> torch.Tensor:
+        """int32 [3, n]: last token, number of tokens and whether it ended, of rows [n]."""
+        lengths = self.num_tokens[rows]
+        return torch.stack([self.token_ids[rows, lengths.long() - 1], lengths, self.ended[rows].to(torch.int32)])
+
+    def adopt(self, rows: torch.Tensor, newest: torch.Tensor) -> None:
+        """Become what `newest` said of rows [n] on another rank."""
+        token_ids, lengths, ended = newest
+        self.token_ids[rows, lengths.long() - 1] = token_ids
+        self.num_tokens[rows] = lengths
+        self.ended[rows] = ended.bool()
+
     def _tensor(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
         return to_device(values, self.device)

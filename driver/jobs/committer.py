@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
 from shoal.driver.jobs.faults import Fault
-from shoal.driver.jobs.forms.base import Form, dump
+from shoal.driver.jobs.forms.base import Form
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
+from shoal.driver.jobs.sources.registry import columns_of, parse_object
 from shoal.driver.jobs.state.ledger import Ledger
 from shoal.driver.jobs.work import Settled, Work
 from shoal.driver.outputs import make_output
@@ -89,7 +91,7 @@ class Committer:
                 else:
                     self._accounts.ok += 1
             else:
-                self._error(row.index, row.row_id, row.key, row.columns, row.fault)
+                self._error(row.index, row.row_id, row.key, row.raw, row.fault)
                 new.append(row.index)
         return new
 
@@ -113,16 +115,18 @@ class Committer:
             "finish_reason": children[0].finish_reason,
             "attempt": 1 + work.tries.alone + work.tries.in_company,
         }
-        self.where[work.index] = self.ledger.append(meta, dump(self._form.answer(work.row_id, work.columns, output)))
+        self.where[work.index] = self.ledger.append(
+            meta, dump(self._form.answer(work.row_id, parse_object(work.raw), output))
+        )
         self._accounts.answered(usage)
 
     def error(self, work: Work, fault: Fault) -> None:
         """A row that will have no answer."""
-        self._error(work.index, work.row_id, work.key, work.columns, fault)
+        self._error(work.index, work.row_id, work.key, work.raw, fault)
 
-    def _error(self, index: int, row_id: str, key: bytes, columns: dict[str, object] | None, fault: Fault) -> None:
+    def _error(self, index: int, row_id: str, key: bytes, raw: bytes, fault: Fault) -> None:
         meta = {"t": "err", "id": row_id, "key": key.hex(), "index": index, "code": fault.code, "stage": fault.stage}
-        self.where[index] = self.ledger.append(meta, dump(self._form.failure(row_id, columns, fault)))
+        self.where[index] = self.ledger.append(meta, dump(self._form.failure(row_id, columns_of(raw), fault)))
         self._accounts.failed(fault.code)
 
     def tried(self, work: Work, alone: bool) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shoal.driver.config import EngineConfig, make_config
+from shoal.driver.config import EngineConfig, got, make_config
+from shoal.driver.secrecy import GIVE_TOKEN
 
 MIB = 1 << 20
 _SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -173,11 +174,18 @@ def load_job(path: str, changes: dict[str, Any]) -> JobConfig:
         raise ValueError(f"job file {path!r} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"job file {path!r} must hold a mapping of fields, got {type(data).__name__}")
-    engine = {**(data.get("engine") or {}), **changes.get("engine", {})}
+    engine = data.get("engine") or {}
+    if not isinstance(engine, dict):
+        raise ValueError(f"job file {path!r}: engine must hold a mapping of fields, got {type(engine).__name__}")
+    if "hf_token" in engine:
+        raise ValueError(
+            f"job file {path!r}: engine.hf_token: a token does not belong in a file that travels; {GIVE_TOKEN}"
+        )
+    engine = {**engine, **changes.get("engine", {})}
     return make_job({**data, **changes, "engine": engine})
 
 
 def _say(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message} (got {error['input']!r:.80})" if where else message
+    return f"{where}: {message}{got(error)}" if where else message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,17 @@ from shoal.driver.jobs.events import Exhausted, NeedEngine
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from shoal.driver.jobs.prepare import ModelTools, Preparer
+    from shoal.driver.jobs.intake import Intake
+    from shoal.driver.jobs.model import ModelTools
+
+_END_S = 10.0
 
 
 class Feeder:
     """Puts Chunks into an inbox, then Exhausted; NeedEngine before the first chunk that has work."""
 
-    def __init__(self, preparer: Preparer, tools: Future[ModelTools], inbox: SimpleQueue[Any]) -> None:
-        self._preparer, self._tools, self._inbox = preparer, tools, inbox
+    def __init__(self, intake: Intake, tools: Future[ModelTools], inbox: SimpleQueue[Any]) -> None:
+        self._intake, self._tools, self._inbox = intake, tools, inbox
         self._allowed = threading.Semaphore(0)
         self._ahead = 0  # chunks that were allowed and have not come
         self._stopping = False
@@ -36,25 +40,27 @@ class Feeder:
         self._ahead -= 1
 
     def stop(self) -> None:
-        """No more chunks."""
+        """No more chunks; the tasks that make them end."""
         self._stopping = True
         self._tools.cancel()  # it may be waiting for a model that never came
         self._allowed.release()
+        self._thread.join(_END_S)
 
     def _run(self) -> None:
         num_rows = 0
         needed = False
         try:
-            for settled, needy in self._preparer.scanned():
-                if needy and not needed:
-                    needed = True
-                    self._inbox.put(NeedEngine())
-                self._allowed.acquire()
-                if self._stopping:
-                    return
-                chunk = self._preparer.chunk(settled, needy)
-                num_rows += chunk.num_rows
-                self._inbox.put(chunk)
+            with contextlib.closing(self._intake.scanned()) as scanned:
+                for settled, needy in scanned:
+                    if needy and not needed:
+                        needed = True
+                        self._inbox.put(NeedEngine())
+                    self._allowed.acquire()
+                    if self._stopping:
+                        return
+                    chunk = self._intake.chunk(settled, needy)
+                    num_rows += chunk.num_rows
+                    self._inbox.put(chunk)
         except Exception as error:  # the loop raises it
             if not self._stopping:
                 self._inbox.put(Exhausted(num_rows, error))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.files import InputFile, filesystem_of
+from shoal.driver.local_files import read_template
 
 if TYPE_CHECKING:
     from shoal.driver.model_config import ResolvedModel
@@ -32,8 +33,8 @@ def job_identity(config: JobConfig, form: str, files: Sequence[InputFile], model
     parameters = {name: getattr(engine, name) for name in _ENGINE_FIELDS}
     parameters |= {name: getattr(config, name) for name in _JOB_FIELDS}
     parameters["form"] = form
-    parameters["prompt_template"] = _text(config.prompt_template)
-    parameters["chat_template"] = _text(engine.chat_template)
+    parameters["prompt_template"] = _text("prompt_template", config.prompt_template, engine.allowed_local_path)
+    parameters["chat_template"] = _text("chat_template", engine.chat_template, engine.allowed_local_path)
     parameters["hf_overrides"] = (
         engine.hf_overrides if isinstance(engine.hf_overrides, dict) else repr(engine.hf_overrides)
     )
@@ -94,9 +95,8 @@ def _model_identity(config: JobConfig, model: ResolvedModel) -> dict[str, Any]:
     return {"name": config.engine.model, "files": [file.identity() for file in files]}
 
 
-def _text(text_or_path: str | None) -> str | None:
+def _text(field: str, text_or_path: str | None, allowed_folder: str | None) -> str | None:
     """A template counts by its text, wherever it came from."""
-    if text_or_path is None or not os.path.isfile(path := os.path.expanduser(text_or_path)):
+    if text_or_path is None or not os.path.isfile(os.path.expanduser(text_or_path)):
         return text_or_path
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return read_template(field, text_or_path, allowed_folder)

@@ -13,20 +13,22 @@ from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.identity import differences, job_identity, salt
+from shoal.driver.jobs.intake import Intake
 from shoal.driver.jobs.keys import RowKeys
-from shoal.driver.jobs.model import JobModel, MakeModel
+from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
-from shoal.driver.jobs.prepare import ModelTools, Preparer
+from shoal.driver.jobs.pipeline import Recipe, prepared_tables
 from shoal.driver.jobs.publish import Publisher, plan_output
 from shoal.driver.jobs.report import write_report
 from shoal.driver.jobs.runner import Hooks, Runner
-from shoal.driver.jobs.scan import Scanner, detect_form, validate
+from shoal.driver.jobs.scan import Duplicates, Scanner, detect_form, validate
 from shoal.driver.jobs.state.folder import NO_ROOM
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
 from shoal.driver.jobs.status import Display, StatusFile
 from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.local_files import read_template
 from shoal.driver.log import LOGGER, set_up_logging
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ _ENGINES_END_S = 30.0
 _FULL_RETRY_S = 2.0
 
 
-def run_job(config: JobConfig, make_model: MakeModel = JobModel.find) -> Exit:
+def run_job(config: JobConfig, make_model: MakeModel = RowModel.find) -> Exit:
     """Runs a job to its end; what it came to. ValueError for what is wrong with the job itself."""
     set_up_logging()
     with StopRequest(config.drain_s) as stop:
@@ -57,11 +59,11 @@ class Job:
         """Finds input, output and model, and compares them with those of an earlier run. Takes nothing over yet."""
         self._config, self._stop = config, stop
         self._files = find_inputs(config.input, config.input_format)
-        name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
-        self._form = make_form(name, config)
+        self._form_name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
+        self._form = make_form(self._form_name, config)
         self._plan = plan_output(config, self._files[0].format, self._form.separate_errors)
-        self._model = make_model(config)
-        self._identity = job_identity(config, name, self._files, self._model.resolved)
+        self._model = make_model(config.engine)
+        self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
         self._keys = RowKeys(salt(self._identity))
         self._store = open_store(
             self._plan.filesystem,
@@ -146,17 +148,27 @@ class Job:
         return result.num_rows if result.complete else None
 
     def _work(self) -> None:
+        from shoal.driver.engine import connect
+
         config = self._config
         recovered = recover(self._ledger, self._accounts, config.retry_errors)
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
-        scanner = Scanner(self._form, self._keys)
-        preparer = Preparer(config, self._form, self._files, scanner, recovered.done, recovered.tries, tools)
-        hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled, self._before_engines)
-        self._runner = Runner(
-            config, preparer, tools, self._committer, self._accounts, self._samples, self._stop, hooks
-        )  # fmt: skip
+        connect(config.engine.address)
+        self._stop.listen()  # Ray takes SIGTERM for itself
+        model = self._model.portable()
+        template = config.prompt_template
+        if template is not None:
+            template = read_template("prompt_template", template, config.engine.allowed_local_path)
+        plain = config.model_copy(update={"engine": model.config, "prompt_template": template})
+        recipe = Recipe(plain, self._form_name, self._files, salt(self._identity), model, recovered.done.keys_only())
+        names = [file.name for file in self._files]
+        intake = Intake(
+            lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
+        )
+        hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled)
+        self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         try:
             self._runner.run()
         finally:
@@ -164,14 +176,9 @@ class Job:
         self._committer.sync(force=True)
 
     def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
-        tools, self._committer.decoder = self._model.tools(resolved)
+        tools = self._model.tools(resolved.max_model_len)
+        self._committer.decoder = tools.decoder
         return tools
-
-    def _before_engines(self) -> None:
-        from shoal.driver.engine import connect
-
-        connect(self._config.engine.address)
-        self._stop.listen()  # Ray takes SIGTERM for itself
 
     def _settled(self, indices: list[int], new: bool) -> None:
         if self._parts is not None:

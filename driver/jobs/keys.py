@@ -110,6 +110,13 @@ class KeyTable:
             found[hits] = 0 if run.values is None else run.values[places[hits]]
         return found
 
+    def keys_only(self) -> KeyTable:
+        """A table of the same keys, without values; it shares memory with this one and is not to be added to."""
+        table = KeyTable(with_values=False)
+        table._pending = dict.fromkeys(self._pending, 0)
+        table._runs = [_Run(run.high, run.low, None) for run in self._runs]
+        return table
+
     def _flush(self) -> None:
         high, low = _split(list(self._pending))
         values = np.fromiter(self._pending.values(), np.int64, len(high)) if self._with_values else None

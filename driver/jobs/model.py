@@ -1,38 +1,52 @@
-"""A job's model: found before anything else, started when the first row needs it."""
+"""A model as rows need it: found before anything else, started when the first row needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from shoal.driver.binding import Binder
+from shoal.driver.chat import load_chat_template
 from shoal.driver.client import Client
-from shoal.driver.jobs.config import JobConfig
-from shoal.driver.jobs.prepare import ModelTools
+from shoal.driver.config import EngineConfig
+from shoal.driver.inputs import InputProcessor
 from shoal.driver.params import SamplingParams
+from shoal.driver.resolve import check_model_len
 
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
     from shoal.driver.model_config import ResolvedModel
     from shoal.driver.replica import EngineLike, StartEngine
-    from shoal.driver.resolve import ResolvedConfig
+
+
+@dataclass(slots=True)
+class ModelTools:
+    """What turns rows into requests and results into text, for rows up to a certain length."""
+
+    inputs: InputProcessor
+    binder: Binder
+    decoder: TextDecoder | None
+    tokenizer: Any
+    chat_template: str | None
+    default_sampling: dict[str, Any]  # of the model's generation_config
 
 
 @dataclass(frozen=True)
-class JobModel:
-    """What is known of the model without an engine."""
+class RowModel:
+    """What is known of a model without an engine."""
 
-    config: JobConfig
+    config: EngineConfig
     resolved: ResolvedModel
     tokenizer: Any
     tokenizer_json: str | None
 
     @classmethod
-    def find(cls, config: JobConfig) -> JobModel:
+    def find(cls, config: EngineConfig) -> RowModel:
         """Reads the model's config and tokenizer. ValueError where it cannot be used."""
         from shoal.driver.model_config import resolve_all
 
-        return cls(config, *resolve_all(config.engine))
+        return cls(config, *resolve_all(config))
 
     def starter(self) -> StartEngine:
         """Starts one engine of it."""
@@ -40,31 +54,40 @@ class JobModel:
         def start() -> EngineLike:
             from shoal.driver.engine import Engine
 
-            return Engine.start(self.config.engine, lambda: (self.resolved, self.tokenizer, self.tokenizer_json))
+            return Engine.start(self.config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json))
 
         return start
 
-    def tools(self, resolved: ResolvedConfig) -> tuple[ModelTools, TextDecoder | None]:
-        """What rows need of the model, once an engine has said how long a row may be."""
+    def portable(self) -> RowModel:
+        """The same for processes elsewhere that only prepare rows: templates as text, nothing secret, no code."""
+        config, template = self.config, self.config.chat_template
+        if self.tokenizer is not None:
+            template = load_chat_template(template, self.tokenizer, config.allowed_local_path)
+        changes: dict[str, Any] = {"chat_template": template, "hf_overrides": None, "logits_processors": []}
+        plain = config.model_copy(update={**changes, "hf_token": None, "allowed_local_path": None})
+        return replace(self, config=plain, resolved=replace(self.resolved, hf_config=None))
+
+    def tools(self, max_model_len: int | None = None) -> ModelTools:
+        """Tools for rows of up to `max_model_len` tokens; None: what the model allows, before an engine says less."""
         client = Client(
             _NoEngine(),
-            self.config.engine,
+            self.config,
             self.resolved.spec,
             self.resolved.generation_config,
             self.tokenizer,
             self.tokenizer_json,
-            max_model_len=resolved.max_model_len,
-            max_num_seqs=resolved.max_num_seqs,
+            max_model_len=max_model_len or check_model_len(self.config, self.resolved.spec),
+            max_num_seqs=1,
         )
         plain, own = SamplingParams(), client.default_params()
         names = [field.name for field in fields(SamplingParams)]
         changed = {name: getattr(own, name) for name in names if getattr(own, name) != getattr(plain, name)}
-        template = self.config.engine.chat_template
-        return ModelTools(client.inputs, client.binder, self.tokenizer, template, changed), client.decoder
+        template = self.config.chat_template
+        return ModelTools(client.inputs, client.binder, client.decoder, self.tokenizer, template, changed)
 
 
 class _NoEngine:
-    """Rows go to the job's own engines, never through the Client that their tools come from."""
+    """Rows go to engines of their own, never through the Client that their tools come from."""
 
     def submit(self, requests: Any) -> None:
         """Never called."""
@@ -79,4 +102,4 @@ class _NoEngine:
         raise AssertionError
 
 
-MakeModel = Callable[[JobConfig], JobModel]
+MakeModel = Callable[[EngineConfig], RowModel]

@@ -7,6 +7,7 @@ from typing import Any
 
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.state.store import StateStore
+from shoal.driver.secrecy import masked
 
 REPORT_FILE = "report.json"
 
@@ -20,4 +21,4 @@ def write_report(store: StateStore, config: JobConfig, status: dict[str, Any]) -
         "output": config.output,
         "job": config.model_dump(mode="json", exclude={"engine"}),
     }
-    store.put(REPORT_FILE, json.dumps(report, indent=1, default=str).encode())
+    store.put(REPORT_FILE, masked(json.dumps(report, indent=1, default=str)).encode())

@@ -24,7 +24,8 @@ from shoal.driver.log import LOGGER
 from shoal.driver.replica import Down, News, Replica, StartEngine, Up
 
 if TYPE_CHECKING:
-    from shoal.driver.jobs.prepare import ModelTools, Preparer
+    from shoal.driver.jobs.intake import Intake
+    from shoal.driver.jobs.model import ModelTools
     from shoal.driver.request import EngineRequest
 
 TICK_S = 0.1
@@ -43,7 +44,6 @@ class Hooks:
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
     settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
-    first_engine: Callable[[], None]  # before engines are started
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Runner:
     def __init__(
         self,
         config: JobConfig,
-        preparer: Preparer,
+        intake: Intake,
         tools: Future[ModelTools],
         committer: Committer,
         accounts: Accounts,
@@ -80,7 +80,7 @@ class Runner:
         self.replicas: dict[int, Replica] = {}
         self._offer = tools
         self._tools: ModelTools | None = None
-        self._feeder = Feeder(preparer, tools, self._inbox)
+        self._feeder = Feeder(intake, tools, self._inbox)
         self._sent: dict[int, _Sent] = {}
         self._next_number = 0
         self._deaths_in_a_row = 0
@@ -162,7 +162,6 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            self._hooks.first_engine()
             for number in range(self._config.replicas):
                 self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
         else:

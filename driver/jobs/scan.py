@@ -11,7 +11,7 @@ from shoal.driver.jobs.faults import Fault, RowError
 from shoal.driver.jobs.files import InputFile
 from shoal.driver.jobs.forms.base import Form
 from shoal.driver.jobs.keys import KeyTable, RowKeys, id_hash
-from shoal.driver.jobs.sources.registry import SourceRow, read_rows
+from shoal.driver.jobs.sources.registry import SourceRow, columns_of, parse_object, read_rows
 
 SHOWN = 20  # problems that a message lists
 _PEEK = 100  # rows looked at for one that tells the form
@@ -22,61 +22,81 @@ class InputRow:
     """One row of the input: it has an index, an id and a key whatever its state."""
 
     index: int  # among all rows of the input, from 0
-    file: InputFile
+    file: str  # name of its file
     line: int
+    raw: bytes
     row_id: str
+    id_hash: bytes
     key: bytes
-    columns: dict[str, Any] | None  # None: it could not be read
     fault: Fault | None = None
 
     @property
     def place(self) -> str:
         """For messages."""
-        return f"{self.file.name}:{self.line}"
+        return f"{self.file}:{self.line}"
+
+    @property
+    def columns(self) -> dict[str, Any] | None:
+        """What can be read of it."""
+        return columns_of(self.raw)
+
+
+class RowReader:
+    """What can be said of a row by itself. Remembers nothing: rows may be read anywhere, in any order."""
+
+    def __init__(self, form: Form, keys: RowKeys) -> None:
+        self._form, self._keys = form, keys
+
+    def read(self, index: int, file: str, source: SourceRow) -> tuple[InputRow, dict[str, Any]]:
+        """The row, and its columns where it has no fault."""
+        row_id, key, fault = f"{file}:{source.line}", b"", source.fault
+        columns: dict[str, Any] = {}
+        if fault is None:
+            try:
+                columns = parse_object(source.raw)
+                own_id = self._form.row_id(columns)
+                if own_id is not None:
+                    row_id, key = own_id, self._keys.content(source.raw)
+                self._form.check(columns)
+            except RowError as error:
+                fault = error.fault
+        key = key or self._keys.place(file, source.line, source.raw)
+        return InputRow(index, file, source.line, source.raw, row_id, id_hash(row_id), key, fault), columns
+
+
+class Duplicates:
+    """Finds ids that were there before. It must meet every row once, in order."""
+
+    def __init__(self, keys: RowKeys) -> None:
+        self._keys = keys
+        self._ids = KeyTable(with_values=False)
+
+    def mark(self, rows: Sequence[InputRow]) -> None:
+        """Gives rows whose id was there before their fault, and an id and a key by their place."""
+        known = self._ids.find([row.id_hash for row in rows])
+        here: set[bytes] = set()
+        for row, place in zip(rows, known.tolist(), strict=True):
+            if place < 0 and row.id_hash not in here:
+                here.add(row.id_hash)
+                self._ids.add(row.id_hash)
+                continue
+            message = f"the id {row.row_id!r} was there before: ids must be unique"
+            row.fault = Fault("duplicate_id", "validate", message)
+            row.row_id = f"{row.row_id}#{row.file}:{row.line}"
+            row.key = self._keys.place(row.file, row.line, row.raw)
 
 
 class Scanner:
     """Turns raw rows into InputRows, in order. It remembers ids, so each raw row is given to it once."""
 
     def __init__(self, form: Form, keys: RowKeys) -> None:
-        self._form, self._keys = form, keys
-        self._ids = KeyTable(with_values=False)
+        self._reader, self._duplicates = RowReader(form, keys), Duplicates(keys)
 
     def scan(self, rows: Sequence[tuple[int, InputFile, SourceRow]]) -> list[InputRow]:
         """A chunk of rows, each with what is wrong with it, if anything."""
-        found = [self._read(index, file, source) for index, file, source in rows]
-        self._find_duplicates(found, [source.raw for _, _, source in rows])
+        found = [self._reader.read(index, file.name, source)[0] for index, file, source in rows]
+        self._duplicates.mark(found)
         return found
-
-    def _read(self, index: int, file: InputFile, source: SourceRow) -> InputRow:
-        made_id = f"{file.name}:{source.line}"
-        row = InputRow(index, file, source.line, made_id, b"", None, source.fault)
-        if row.fault is None:
-            try:
-                row.columns = source.columns()
-                own_id = self._form.row_id(row.columns)
-                if own_id is not None:
-                    row.row_id, row.key = own_id, self._keys.content(source.raw)
-                self._form.check(row.columns)
-            except RowError as error:
-                row.fault = error.fault
-        if not row.key:
-            row.key = self._keys.place(file.name, source.line, source.raw)
-        return row
-
-    def _find_duplicates(self, rows: list[InputRow], raws: list[bytes]) -> None:
-        hashes = [id_hash(row.row_id) for row in rows]
-        known = self._ids.find(hashes)
-        here: set[bytes] = set()
-        for row, raw, digest, place in zip(rows, raws, hashes, known, strict=True):
-            if place < 0 and digest not in here:
-                here.add(digest)
-                self._ids.add(digest)
-                continue
-            message = f"the id {row.row_id!r} was there before: ids must be unique"
-            row.fault = Fault("duplicate_id", "validate", message)
-            row.row_id = f"{row.row_id}#{row.file.name}:{row.line}"
-            row.key = self._keys.place(row.file.name, row.line, raw)
 
 
 def raw_rows(files: Sequence[InputFile], max_line_bytes: int) -> Iterator[tuple[int, InputFile, SourceRow]]:
@@ -93,7 +113,7 @@ def detect_form(files: Sequence[InputFile], max_line_bytes: int) -> str:
         if source.fault is not None:
             continue
         try:
-            columns = source.columns()
+            columns = parse_object(source.raw)
         except RowError:
             continue
         return "openai" if {"custom_id", "url", "body"} <= columns.keys() else "rows"

@@ -14,6 +14,7 @@ from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.outcome import Status
 from shoal.driver.jobs.state.store import StateStore
 from shoal.driver.log import LOGGER
+from shoal.driver.secrecy import masked
 
 STATUS_FILE = "status.json"
 SAMPLES_FILE = "samples-{epoch:06d}.json"
@@ -52,7 +53,7 @@ class StatusFile:
         """Its content."""
         return {
             "status": self.status.value,
-            "message": self._message,
+            "message": None if self._message is None else masked(self._message),
             "epoch": self._epoch,
             "host": socket.gethostname(),
             "pid": os.getpid(),

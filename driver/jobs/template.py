@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from shoal.driver.jobs.faults import RowError
+from shoal.driver.local_files import read_template
 
 
 class PromptTemplate:
     """One template. It runs sandboxed, as chat templates do: job files may come from elsewhere."""
 
-    def __init__(self, text_or_path: str) -> None:
-        """ValueError where it is neither a template nor a file with one."""
+    def __init__(self, text_or_path: str, allowed_folder: str | None = None) -> None:
+        """ValueError where it is neither a template nor a file with one that may be read."""
         import jinja2
         import jinja2.meta
         import jinja2.sandbox
 
-        text = _read(text_or_path)
+        text = read_template("prompt_template", text_or_path, allowed_folder)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True
         )
@@ -43,13 +43,3 @@ def _names(tree: Any) -> set[str]:
     import jinja2.meta
 
     return set(jinja2.meta.find_undeclared_variables(tree))
-
-
-def _read(text_or_path: str) -> str:
-    if "{" in text_or_path or "\n" in text_or_path:
-        return text_or_path
-    path = os.path.expanduser(text_or_path)
-    if not os.path.isfile(path):
-        raise ValueError(f"prompt_template {text_or_path!r} is neither Jinja text (no '{{' in it) nor a file")
-    with open(path, encoding="utf-8") as file:
-        return file.read()

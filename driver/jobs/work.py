@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from shoal.driver.binding import Row
 from shoal.driver.dispatch import Tries
@@ -19,7 +18,7 @@ class Work:
     index: int  # of the input row
     row_id: str
     key: bytes
-    columns: dict[str, Any]
+    raw: bytes  # its columns, as JSON: unpacked again only for its output
     row: Row
     tries: Tries = field(default_factory=Tries)
     results: dict[int, FinishedRequest] = field(default_factory=dict)  # by child
@@ -58,7 +57,7 @@ class Settled:
     location: int = -1  # of its record, where it has one
     row_id: str = ""
     key: bytes = b""
-    columns: dict[str, Any] | None = None
+    raw: bytes = b""
     fault: Fault | None = None
 
 

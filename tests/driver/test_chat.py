@@ -86,7 +86,9 @@ def test_no_template(tokenizer):
 def test_template_from_a_file_or_a_name(tokenizer, tmp_path):
     path = tmp_path / "chat.jinja"
     path.write_text("<{{ messages[0]['content'] }}>")
-    assert ChatRenderer(tokenizer, str(path))(USER).text == "<hi>"
+    assert ChatRenderer(tokenizer, str(path), allowed_folder=str(tmp_path))(USER).text == "<hi>"
+    with pytest.raises(ValueError, match=r"lies outside of .* name its folder in allowed_local_path"):
+        ChatRenderer(tokenizer, str(path))
     with pytest.raises(ValueError, match=r"neither Jinja text.*nor a file"):
         ChatRenderer(tokenizer, str(tmp_path / "missing.jinja"))
     tokenizer.chat_template = {"default": PLAIN, "short": "{{ messages[0]['content'] }}"}

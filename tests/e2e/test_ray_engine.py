@@ -35,20 +35,18 @@ def test_tensor_parallel_and_channels_agree(llm, ray_cluster, tiny_checkpoint) -
         ids(llm.generate(PROMPTS, SEEDED, use_tqdm=False)),
     )
     folder = tiny_checkpoint("llama")
-    for arguments in ({"tensor_parallel_size": 2, "decode_burst": 8}, {"step_channel": "ray", "decode_burst": 2}):
+    for arguments in (
+        {"tensor_parallel_size": 2, "decode_burst": 8},
+        {"step_channel": "ray", "decode_burst": 2},
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "step_channel": "ray"},
+    ):
         with LLM(folder, dtype="float32", max_num_seqs=16, max_model_len=128, **arguments) as other:
             assert ids(other.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
             assert ids(other.generate(PROMPTS, SEEDED, use_tqdm=False)) == seeded
             assert other.collective_rpc("weight_bytes")[0] > 0
-            assert len(other.collective_rpc("weight_bytes")) == arguments.get("tensor_parallel_size", 1)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "granite", "gpt2", "opt", "opt-post-norm"])
-def test_tensor_parallel_every_family(family, ray_cluster, tiny_checkpoint, local_llm) -> None:
-    folder = tiny_checkpoint(family)
-    expected = ids(local_llm(folder).generate(PROMPTS[:6], GREEDY, use_tqdm=False))
-    with LLM(folder, dtype="float32", max_num_seqs=16, tensor_parallel_size=2) as llm:
-        assert ids(llm.generate(PROMPTS[:6], GREEDY, use_tqdm=False)) == expected
+            ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+            assert len(other.collective_rpc("weight_bytes")) == other.get_world_size() == ranks
 
 
 def test_calls_on_workers(llm) -> None:
@@ -181,6 +179,8 @@ def test_start_up_errors_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
         LLM(folder, dtype="float32", kv_cache_memory_bytes=64 * 2 * 3 * 2 * 8 * 4)
     with pytest.raises(ValueError, match="divisible by tensor parallel size"):
         LLM(folder, dtype="float32", tensor_parallel_size=4)
+    with pytest.raises(ValueError, match=r"layers \(3\) must be at least the pipeline parallel size \(4\)"):
+        LLM(folder, dtype="float32", pipeline_parallel_size=4)
     with pytest.raises(RuntimeError, match="could not place"):
-        WorkerGroup(300, "cpu", 1.0, {})
+        WorkerGroup((300, 1), "cpu", 1.0, {})
     assert not [g for g in placement_group_table().values() if g["state"] == "PENDING"]

@@ -20,6 +20,7 @@ import ray
 from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
+from shoal.driver.jobs.model import RowModel
 from shoal.workers.actor import Worker
 from shoal.workers.plan import StepOutput
 
@@ -127,6 +128,19 @@ def install() -> Any:
     before = engine_module.RemoteDriver
     engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
     return before
+
+
+class StubModel(RowModel):
+    """A model whose engines have stub ranks, in whatever process they are started."""
+
+    def starter(self):
+        start = super().starter()
+
+        def begin():
+            engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
+            return start()
+
+        return begin
 
 
 def make_model(folder: Path) -> str:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from shoal.workers.layers.parameter import WeightParameter, check_shape, copy_into, load_replicated
 
 if TYPE_CHECKING:
+    from shoal.workers.layers.norm import RMSNorm
     from shoal.workers.loading.base import TensorSource
     from shoal.workers.parallel import TensorParallel
 
@@ -146,6 +147,21 @@ class RowParallelLinear(torch.nn.Module):
             return linear(x, self.weight, self.bias)
         output = self.tp.all_reduce(linear(x, self.weight))
         return output if self.bias is None else output + self.bias
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm | None, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of s, s) with s = this layer's output * scale + residual; without a norm (s, s).
+
+        residual [num_tokens, output_size] may be overwritten.
+        """
+        output: torch.Tensor = self(x)
+        if scale != 1.0:
+            output = output * scale
+        if norm is not None:
+            return norm.add(output, residual)
+        output = output + residual
+        return output, output
 
     def _load(self, param: WeightParameter, source: TensorSource, shard_id: int | None) -> None:
         assert shard_id is None

@@ -160,6 +160,14 @@ def is_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
 
 
+def hub_token() -> str | None:
+    """The token of this process's user, which processes on other nodes need not have: HF_TOKEN, or a file's."""
+    from huggingface_hub import get_token
+
+    token: str | None = get_token()
+    return token
+
+
 def is_offline() -> bool:
     """Whether huggingface_hub was told not to use the network."""
     from huggingface_hub import constants

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from shoal.workers.loading.base import Loader
@@ -50,7 +50,7 @@ class PytorchFile:
 
         try:
             data = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             raise ValueError(
                 f"{self.path} is refused: it holds something other than tensors, and loading it could run code "
                 f"(or it is corrupt). Convert it to safetensors. Reason: {_first_line(error)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from shoal.workers.layers.parameter import WeightParameter
+from shoal.workers.pipeline import WHOLE, Stage
 
 if TYPE_CHECKING:
     from shoal.workers.batch import ForwardBatch
@@ -20,8 +22,16 @@ if TYPE_CHECKING:
 HEAD = "lm_head.weight"
 
 
+class Elsewhere(torch.nn.Module):
+    """Stands where a module would be that another pipeline stage holds."""
+
+
 class Model(torch.nn.Module):
     """Base of the families. A subclass builds its layers under the caller's default dtype and device.
+
+    What this rank's stage does not hold is `Elsewhere`: `layer_list` and `held` see to that. The first stage embeds; a
+    later one starts from `batch.hidden`. The last has the final norm and the head; an earlier one returns what the next
+    starts from.
 
     Modules have the checkpoint's names without `checkpoint_prefixes`; layers that run as one are listed in
     `packed_modules_mapping` {ours: [theirs, in order]}.
@@ -34,17 +44,34 @@ class Model(torch.nn.Module):
 
     lm_head: ParallelLMHead
 
-    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
+    def __init__(self, spec: ModelSpec, tp: TensorParallel, stage: Stage = WHOLE) -> None:
         super().__init__()
         spec.check_tensor_parallel(tp.world_size)
         self.spec = spec
         self.tp = tp
+        self.stage = stage
+        self.stage_layers = spec.stage_layers(stage.index, stage.count)
+        self.needs_embedding = stage.first or (stage.last and spec.tie_word_embeddings)
+
+    def layer_list(self, build: Callable[[int], torch.nn.Module]) -> torch.nn.ModuleList:
+        """All layers by their numbers in the checkpoint; those of other stages are Elsewhere."""
+        return torch.nn.ModuleList(
+            build(layer) if layer in self.stage_layers else Elsewhere() for layer in range(self.spec.num_layers)
+        )
+
+    def held(self, here: bool, build: Callable[[], Any]) -> Any:
+        """`build()` if this stage holds the module."""
+        return build() if here else Elsewhere()
+
+    def own(self, layers: torch.nn.ModuleList, kv_cache: Sequence[torch.Tensor]) -> Iterator[tuple[Any, torch.Tensor]]:
+        """This stage's layers, each with its cache."""
+        return zip(islice(layers, self.stage_layers.start, self.stage_layers.stop), kv_cache, strict=True)
 
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden] after the final norm.
+        """Hidden states [num_tokens, hidden] after the final norm, or what the next stage starts from.
 
-        `kv_cache[layer]` is [2, num_blocks, block_size, num_kv_heads_per_rank, head_dim]; this pass's keys and values
-        are written into it.
+        `kv_cache[i]`, of this stage's i-th layer, is [2, num_blocks, block_size, num_kv_heads_per_rank, head_dim]; this
+        pass's keys and values are written into it.
         """
         raise NotImplementedError
 
@@ -69,6 +96,8 @@ class Model(torch.nn.Module):
                 head = source  # the embedding's own tensor counts, unless the checkpoint kept only this one
                 continue
             if name not in parameters:
+                if self._is_elsewhere(name):
+                    continue
                 raise ValueError(f"There is no module or parameter named {source.name!r} in {type(self).__name__}")
             _fill(parameters[name], source, shard_id)
             missing -= (
@@ -82,6 +111,15 @@ class Model(torch.nn.Module):
             raise ValueError(
                 f"Following weights were not initialized from checkpoint: {{{', '.join(map(repr, names))}}}"
             )
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether another pipeline stage holds the module of this parameter."""
+        module: Any = self
+        for part in name.split("."):
+            module = getattr(module, part, None)
+            if isinstance(module, Elsewhere):
+                return True
+        return False
 
     def _strip(self, name: str) -> str:
         for prefix in self.checkpoint_prefixes:

@@ -15,6 +15,7 @@ from shoal.workers.layers.linear import MergedColumnParallelLinear, QKVParallelL
 from shoal.workers.layers.norm import RMSNorm
 from shoal.workers.layers.rotary import RotaryEmbedding
 from shoal.workers.models.base import Model
+from shoal.workers.pipeline import WHOLE, Stage
 
 if TYPE_CHECKING:
     from shoal.workers.batch import AttentionMetadata, ForwardBatch
@@ -44,7 +45,7 @@ class RotaryAttention(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]."""
+        """[T, hidden] -> [T, this rank's heads * head_dim], what o_proj takes."""
         query = qk_norm_rope_store(
             self.qkv_proj(x),
             None if self.q_norm is None else self.q_norm.weight,
@@ -56,12 +57,11 @@ class RotaryAttention(torch.nn.Module):
             metadata.slot_mapping,
             self.num_heads,
         )
-        output: torch.Tensor = self.o_proj(self.attn.attend(query, metadata, kv_cache))
-        return output
+        return self.attn.attend(query, metadata, kv_cache)
 
 
 class GatedMLP(torch.nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """act(gate(x)) * up(x), and the down projection of it."""
 
     def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
         super().__init__()
@@ -71,13 +71,14 @@ class GatedMLP(torch.nn.Module):
         self.down_proj = RowParallelLinear(size, spec.hidden_size, tp, bias=spec.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        output: torch.Tensor = self.down_proj(self.act(self.gate_up_proj(x)))
+        """[T, hidden] -> [T, this rank's intermediates], what down_proj takes."""
+        output: torch.Tensor = self.act(self.gate_up_proj(x))
         return output
 
 
 class DecoderLayer(torch.nn.Module):
-    """Pre-norm layer. The residual travels beside x, so that each norm adds and normalizes in one op."""
+    """Pre-norm layer. The residual travels beside x: the linear that ends a block, the sum over ranks, the addition and
+    the norm that begins the next block are one step, RowParallelLinear.add_norm."""
 
     attention_class: ClassVar[type[RotaryAttention]] = RotaryAttention
 
@@ -92,22 +93,20 @@ class DecoderLayer(torch.nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        residual: torch.Tensor | None,
+        residual: torch.Tensor,
         rotation: Rotation,
         metadata: AttentionMetadata,
         kv_cache: torch.Tensor,
+        next_norm: RMSNorm | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) -> (this layer's last addend, the residual without it)."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm.add(x, residual)
-        x = self._scaled(self.self_attn(x, rotation, metadata, kv_cache))
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self._scaled(self.mlp(x)), residual
+        """(input_layernorm of the residual, the residual) -> (next_norm of the new residual, the new residual).
 
-    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.residual_multiplier == 1.0 else x * self.residual_multiplier
+        All [T, hidden]; without a next_norm the first result is the residual itself.
+        """
+        heads = self.self_attn(x, rotation, metadata, kv_cache)
+        scale = self.residual_multiplier
+        x, residual = self.self_attn.o_proj.add_norm(heads, residual, self.post_attention_layernorm, scale)
+        return self.mlp.down_proj.add_norm(self.mlp(x), residual, next_norm, scale)
 
 
 class DecoderModel(Model):
@@ -121,23 +120,30 @@ class DecoderModel(Model):
     checkpoint_prefixes = ("model.",)
     ignored_weights = (r"rotary_emb\.inv_freq$",)
 
-    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
+    def __init__(self, spec: ModelSpec, tp: TensorParallel, stage: Stage = WHOLE) -> None:
+        super().__init__(spec, tp, stage)
         assert spec.rope is not None
-        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        self.embed_tokens = self.held(
+            self.needs_embedding, lambda: VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        )
         self.rotary_emb = RotaryEmbedding(spec.rope, spec.head_dim, spec.max_position_embeddings)
-        self.layers = torch.nn.ModuleList(self.layer_class(spec, layer, tp) for layer in range(spec.num_layers))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.layers = self.layer_list(lambda layer: self.layer_class(spec, layer, tp))
+        self.norm = self.held(stage.last, lambda: RMSNorm(spec.hidden_size, spec.norm_eps))
         tie = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, tp, tie=tie)
+        self.lm_head = self.held(stage.last, lambda: ParallelLMHead(spec.vocab_size, spec.hidden_size, tp, tie=tie))
 
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """See Model.forward."""
-        x = self.embed_tokens(batch.input_ids)
-        if self.spec.embedding_multiplier != 1.0:
-            x = x * self.spec.embedding_multiplier
+        x = self._embed(batch.input_ids) if batch.hidden is None else batch.hidden
         rotation = (self.rotary_emb.cos_sin, batch.positions)
-        residual = None
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x, residual = layer(x, residual, rotation, batch.attention, cache)
-        return x if residual is None else self.norm.add(x, residual)[0]
+        own = list(self.own(self.layers, kv_cache))
+        norms = [layer.input_layernorm for layer, _ in own] + [self.norm if self.stage.last else None]
+        x, residual = norms[0](x), x
+        for (layer, cache), next_norm in zip(own, norms[1:], strict=True):
+            x, residual = layer(x, residual, rotation, batch.attention, cache, next_norm)
+        output: torch.Tensor = x
+        return output
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.embed_tokens(input_ids)
+        return x if self.spec.embedding_multiplier == 1.0 else x * self.spec.embedding_multiplier

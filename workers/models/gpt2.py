@@ -13,6 +13,7 @@ from shoal.workers.layers.embedding import LearnedPositions, ParallelLMHead, Voc
 from shoal.workers.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from shoal.workers.layers.norm import LayerNorm
 from shoal.workers.models.base import Model
+from shoal.workers.pipeline import WHOLE, Stage
 
 if TYPE_CHECKING:
     from shoal.workers.batch import AttentionMetadata, ForwardBatch
@@ -77,19 +78,20 @@ class GPT2LMHeadModel(Model):
     ignored_weights = (r"\.attn\.(masked_)?bias$",)  # causal mask buffers
     embedding_name = "wte.weight"
 
-    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
-        self.wte = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
-        self.wpe = LearnedPositions(spec.num_positions, spec.hidden_size)
-        self.h = torch.nn.ModuleList(GPT2Block(spec, layer, tp) for layer in range(spec.num_layers))
-        self.ln_f = LayerNorm(spec.hidden_size, spec.norm_eps)
+    def __init__(self, spec: ModelSpec, tp: TensorParallel, stage: Stage = WHOLE) -> None:
+        super().__init__(spec, tp, stage)
+        hidden = spec.hidden_size
+        self.wte = self.held(self.needs_embedding, lambda: VocabParallelEmbedding(spec.vocab_size, hidden, tp))
+        self.wpe = self.held(stage.first, lambda: LearnedPositions(spec.num_positions, hidden))
+        self.h = self.layer_list(lambda layer: GPT2Block(spec, layer, tp))
+        self.ln_f = self.held(stage.last, lambda: LayerNorm(hidden, spec.norm_eps))
         tie = self.wte if spec.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, tp, tie=tie)
+        self.lm_head = self.held(stage.last, lambda: ParallelLMHead(spec.vocab_size, hidden, tp, tie=tie))
 
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """See Model.forward."""
-        x = self.wte(batch.input_ids) + self.wpe(batch.positions)
-        for layer, cache in zip(self.h, kv_cache, strict=True):
+        x = self.wte(batch.input_ids) + self.wpe(batch.positions) if batch.hidden is None else batch.hidden
+        for layer, cache in self.own(self.h, kv_cache):
             x = layer(x, batch.attention, cache)
-        output: torch.Tensor = self.ln_f(x)
+        output: torch.Tensor = self.ln_f(x) if self.stage.last else x
         return output

@@ -13,6 +13,7 @@ from shoal.workers.layers.embedding import LearnedPositions, ParallelLMHead, Voc
 from shoal.workers.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from shoal.workers.layers.norm import LayerNorm
 from shoal.workers.models.base import Model
+from shoal.workers.pipeline import WHOLE, Stage
 
 if TYPE_CHECKING:
     from shoal.workers.batch import AttentionMetadata, ForwardBatch
@@ -73,27 +74,39 @@ class OPTForCausalLM(Model):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012 (declared ClassVar in Model)
     checkpoint_prefixes = ("model.decoder.", "decoder.")
 
-    def __init__(self, spec: ModelSpec, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
+    def __init__(self, spec: ModelSpec, tp: TensorParallel, stage: Stage = WHOLE) -> None:
+        super().__init__(spec, tp, stage)
         hidden, width = spec.hidden_size, spec.word_embed_proj_dim
-        self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, width, tp)
-        self.embed_positions = LearnedPositions(spec.num_positions, hidden, offset=POSITION_OFFSET)
-        self.project_in = ReplicatedLinear(width, hidden, bias=False) if width != hidden else None
-        self.project_out = ReplicatedLinear(hidden, width, bias=False) if width != hidden else None
-        self.layers = torch.nn.ModuleList(OPTDecoderLayer(spec, layer, tp) for layer in range(spec.num_layers))
-        affine = spec.layer_norm_elementwise_affine
-        self.final_layer_norm = LayerNorm(hidden, spec.norm_eps, affine=affine) if spec.final_layer_norm else None
+        self.embed_tokens = self.held(self.needs_embedding, lambda: VocabParallelEmbedding(spec.vocab_size, width, tp))
+        self.embed_positions = self.held(
+            stage.first, lambda: LearnedPositions(spec.num_positions, hidden, offset=POSITION_OFFSET)
+        )
+        self.project_in = self.project_out = None
+        if width != hidden:
+            self.project_in = self.held(stage.first, lambda: ReplicatedLinear(width, hidden, bias=False))
+            self.project_out = self.held(stage.last, lambda: ReplicatedLinear(hidden, width, bias=False))
+        self.layers = self.layer_list(lambda layer: OPTDecoderLayer(spec, layer, tp))
+        affine, self.final_layer_norm = spec.layer_norm_elementwise_affine, None
+        if spec.final_layer_norm:
+            self.final_layer_norm = self.held(stage.last, lambda: LayerNorm(hidden, spec.norm_eps, affine=affine))
         tie = self.embed_tokens if spec.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(spec.vocab_size, width, tp, tie=tie)
+        self.lm_head = self.held(stage.last, lambda: ParallelLMHead(spec.vocab_size, width, tp, tie=tie))
 
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """See Model.forward; with projected embeddings the result has their width."""
+        x = self._embed(batch) if batch.hidden is None else batch.hidden
+        for layer, cache in self.own(self.layers, kv_cache):
+            x = layer(x, batch.attention, cache)
+        output: torch.Tensor = x
+        if self.stage.last and self.final_layer_norm is not None:
+            output = self.final_layer_norm(output)
+        if self.stage.last and self.project_out is not None:
+            output = self.project_out(output)
+        return output
+
+    def _embed(self, batch: ForwardBatch) -> torch.Tensor:
         x: torch.Tensor = self.embed_tokens(batch.input_ids)
         if self.project_in is not None:
             x = self.project_in(x)
-        x = x + self.embed_positions(batch.positions)
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, batch.attention, cache)
-        if self.final_layer_norm is not None:
-            x = self.final_layer_norm(x)
-        return x if self.project_out is None else self.project_out(x)
+        positions: torch.Tensor = self.embed_positions(batch.positions)
+        return x + positions

@@ -142,6 +142,23 @@ class ModelSpec:
                 f"intermediate_size ({self.intermediate_size}) must be divisible by tensor parallel size ({tp})."
             )
 
+    def check_pipeline_parallel(self, num_stages: int) -> None:
+        """ValueError, with both numbers, where there are more stages than layers."""
+        if num_stages < 1:
+            raise ValueError(f"pipeline_parallel_size must be at least 1, got {num_stages}")
+        if num_stages > self.num_layers:
+            raise ValueError(
+                f"Total number of layers ({self.num_layers}) must be at least the pipeline parallel size "
+                f"({num_stages}): every stage needs a layer."
+            )
+
+    def stage_layers(self, stage: int, num_stages: int) -> range:
+        """Layers of one pipeline stage. What does not divide goes to the first stages: the last has the head."""
+        self.check_pipeline_parallel(num_stages)
+        share, extra = divmod(self.num_layers, num_stages)
+        first = stage * share + min(stage, extra)
+        return range(first, first + share + (stage < extra))
+
     def num_kv_heads_per_rank(self, tp: int) -> int:
         """KV heads one rank of `tp` keeps; with fewer heads than ranks each rank keeps one, replicated."""
         self.check_tensor_parallel(tp)

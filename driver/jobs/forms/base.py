@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,23 +81,3 @@ def parse_json_text(value: Any, column: str) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise RowError("invalid_value", "read", f"{column} is text that is not JSON: {error}") from None
-
-
-def dump(row: Mapping[str, Any]) -> bytes:
-    """A row as one line of JSON, always valid: text that is no Unicode is escaped, numbers that are none are null."""
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        return json.dumps(row, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
-    except ValueError:
-        return dump(_finite(row))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.driver.jobs.faults import Fault, RowError
 from shoal.driver.jobs.forms.base import RowRequest, parse_json_text, text_id
@@ -11,11 +11,34 @@ from shoal.driver.jobs.template import PromptTemplate
 from shoal.driver.outputs import Logprob
 
 if TYPE_CHECKING:
-    from shoal.driver.jobs.config import JobConfig
+    from shoal.driver.config import EngineConfig
     from shoal.driver.outputs import CompletionOutput, RequestOutput
 
 _ID_COLUMNS = ("id", "custom_id")
 _MODEL_COLUMN = "model"
+
+
+class TableConfig(Protocol):
+    """What the form must be told: fields of JobConfig, and of others that read tables."""
+
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def id_column(self) -> str | None: ...
+    @property
+    def prompt_column(self) -> str: ...
+    @property
+    def messages_column(self) -> str: ...
+    @property
+    def sampling_column(self) -> str: ...
+    @property
+    def prompt_template(self) -> str | None: ...
+    @property
+    def as_chat(self) -> bool: ...
+    @property
+    def columns(self) -> list[str] | None: ...
+    @property
+    def token_ids(self) -> bool: ...
 
 
 class PlainForm:
@@ -23,9 +46,13 @@ class PlainForm:
 
     separate_errors = False
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: TableConfig) -> None:
         self._config = config
-        self._template = None if config.prompt_template is None else PromptTemplate(config.prompt_template)
+        self._template = (
+            None
+            if config.prompt_template is None
+            else PromptTemplate(config.prompt_template, config.engine.allowed_local_path)
+        )
 
     def row_id(self, columns: dict[str, Any]) -> str | None:
         """From `id_column`, else from id or custom_id where the row has one."""

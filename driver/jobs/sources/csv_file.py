@@ -48,4 +48,4 @@ def _row(start: int, header: list[str], values: list[str]) -> SourceRow:
         raw = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         return SourceRow(start, b"", fault=Fault("invalid_utf8", "read", "the row is not UTF-8"))
-    return SourceRow(start, raw, json.loads)
+    return SourceRow(start, raw)

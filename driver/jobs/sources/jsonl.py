@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
-from shoal.driver.jobs.faults import Fault, RowError
+from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.files import InputFile
 from shoal.driver.jobs.sources.registry import SourceRow
 
@@ -31,7 +30,7 @@ def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
                 message = f"the line is longer than {max_line_bytes} bytes (max_line_bytes)"
                 yield SourceRow(number, b"", fault=Fault("line_too_long", "read", message))
             else:
-                yield SourceRow(number, line, parse_object)
+                yield SourceRow(number, line)
 
 
 def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -47,18 +46,3 @@ def _lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
             yield number, None
         else:
             yield number, line.rstrip(b"\r\n")
-
-
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """The object in a line. RowError where there is none."""
-    try:
-        found = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        message = f"byte {error.start + 1} of the line is not UTF-8 ({error.reason})"
-        raise RowError("invalid_utf8", "read", message) from None
-    except (ValueError, RecursionError) as error:
-        raise RowError("invalid_json", "read", f"the line is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        message = f"the line holds a JSON {type(found).__name__}, not an object"
-        raise RowError("not_an_object", "read", message)
-    return found

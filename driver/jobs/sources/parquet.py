@@ -6,10 +6,9 @@ import datetime
 import decimal
 import json
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from shoal.driver.jobs.faults import RowError
+from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.files import InputFile
 from shoal.driver.jobs.sources.registry import SourceRow
 
@@ -36,12 +35,8 @@ def _row(number: int, columns: dict[str, Any]) -> SourceRow:
     try:
         raw = json.dumps(columns, default=_plain, ensure_ascii=True, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
-        return SourceRow(number, repr(columns).encode(), partial(_refuse, str(error)))
-    return SourceRow(number, raw, json.loads)
-
-
-def _refuse(message: str, raw: bytes) -> dict[str, Any]:
-    raise RowError("invalid_value", "read", message)
+        return SourceRow(number, repr(columns).encode(), Fault("invalid_value", "read", str(error)))
+    return SourceRow(number, raw)
 
 
 def _plain(value: Any) -> Any:

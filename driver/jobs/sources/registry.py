@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.faults import Fault, RowError
 from shoal.driver.jobs.files import InputFile
 
 SOURCES = {
@@ -19,17 +20,34 @@ SOURCES = {
 
 @dataclass(slots=True)
 class SourceRow:
-    """One row as it was read: its bytes, for its key; its columns are unpacked only when they are needed."""
+    """One row as it was read: a JSON object in bytes, whatever the format. They make its key, and travel."""
 
     line: int  # in its file, from 1: the line where it starts, or the row of a Parquet file
     raw: bytes
-    unpack: Callable[[bytes], dict[str, Any]] | None = None  # may raise RowError
     fault: Fault | None = None  # it could not be read at all
 
-    def columns(self) -> dict[str, Any]:
-        """Its columns. RowError where its bytes are none."""
-        assert self.unpack is not None, "a row with a fault has no columns"
-        return self.unpack(self.raw)
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The columns of a row. RowError where its bytes are no JSON object."""
+    try:
+        found = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start + 1} of the line is not UTF-8 ({error.reason})"
+        raise RowError("invalid_utf8", "read", message) from None
+    except (ValueError, RecursionError) as error:
+        raise RowError("invalid_json", "read", f"the line is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        message = f"the line holds a JSON {type(found).__name__}, not an object"
+        raise RowError("not_an_object", "read", message)
+    return found
+
+
+def columns_of(raw: bytes) -> dict[str, Any] | None:
+    """The columns of a row, None where it has none: the output shows what can be shown of a row in error."""
+    try:
+        return parse_object(raw)
+    except RowError:
+        return None
 
 
 def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.state.store import StateStore, seal_name
 
 TERMINAL = ("ok", "err")
@@ -102,7 +103,7 @@ class Ledger:
 
 def encode(meta: dict[str, Any], row: bytes) -> bytes:
     """The line of a record."""
-    body = json.dumps(meta, separators=(",", ":")).encode() + b"\t" + row
+    body = dump(meta) + b"\t" + row
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 

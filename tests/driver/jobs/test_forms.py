@@ -5,7 +5,8 @@ import json
 import pytest
 
 from shoal.driver.jobs.faults import Fault, RowError
-from shoal.driver.jobs.forms.base import FORMS, dump, make_form
+from shoal.driver.jobs.forms.base import FORMS, make_form
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.template import PromptTemplate
 from shoal.driver.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -53,7 +54,8 @@ def test_plain_requests(form):
     assert refusal(plain.request, {"messages": "[1"}).code == "invalid_value"
 
 
-def test_templates(form, tmp_path):
+def test_templates(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     made = form("rows", prompt_template="{{ a }} and {{ b|upper }}\n")
     assert made.request({"a": 1, "b": "x"}).prompt == "1 and X\n"
     fault = refusal(made.check, {"a": 1})

@@ -7,7 +7,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from shoal.driver.jobs.forms.base import dump
+from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import Numbers
 from shoal.driver.jobs.publish import Publisher, plan_output
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError

@@ -1,0 +1,114 @@
+"""build_processor: a Dataset of rows to a Dataset of answered rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from shoal.driver.data.config import ProcessorConfig, make_processor_config
+from shoal.driver.data.generate import Generate
+from shoal.driver.data.stages import RowFunction, new_name, postprocess, prepare
+from shoal.driver.engine import connect, environment
+from shoal.driver.jobs.model import RowModel
+from shoal.driver.local_files import read_template
+from shoal.driver.worker_group import PlacementError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+_PREPARE_ROWS = 1024  # of a block: one task's work
+_ENGINE_CPUS = 0.01
+_POST_CPUS = 0.25
+_READ_CPUS = 1.0  # what Ray Data's own tasks take
+_SMALL_SLOTS, _BIG_SLOTS = 256, 1024  # rows an engine runs at once where nothing else is said
+
+
+def build_processor(
+    config: ProcessorConfig | Mapping[str, Any],
+    preprocess: RowFunction | None = None,
+    postprocess: RowFunction | None = None,
+) -> Callable[[Dataset], Dataset]:
+    """A function from a Dataset to one with an answer, or an error, in every row.
+
+    `preprocess(row)` returns columns that are laid over the row's (prompt or messages, sampling_params);
+    `postprocess(row)` returns the columns of the output, for answered rows. An exception in either is that row's error.
+    Raises ValueError for a wrong config, or a model that cannot be used. docs/ray_data.md has the row contract.
+    """
+    checked = make_processor_config(config)
+    return _Processor(checked, RowModel.find(checked.engine), preprocess, postprocess)
+
+
+class _Processor:
+    """What build_processor gives."""
+
+    def __init__(
+        self, config: ProcessorConfig, model: RowModel, before: RowFunction | None, after: RowFunction | None
+    ) -> None:
+        self._config, self._model, self._before, self._after = config, model, before, after
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """Adds the stages; nothing runs before the Dataset is consumed."""
+        import ray
+        from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+        config = self._config
+        connect(config.engine.address)
+        self._check_cpus()
+        name, text = new_name(), config.prompt_template
+        if text is not None:
+            text = read_template("prompt_template", text, config.engine.allowed_local_path)
+        light = self._model.portable()
+        plain = config.model_copy(update={"prompt_template": text, "engine": light.config})
+        preparing = ray.put((plain, light, self._before))
+        whole = replace(self._model, resolved=replace(self._model.resolved, hf_config=None))
+        generating = ray.put((config, whole))
+        blocks = config.open_blocks(config.engine.max_num_seqs or self._slots())
+        ready = dataset.repartition(target_num_rows_per_block=_PREPARE_ROWS).map_batches(
+            prepare,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=config.prepare_cpus,
+            compute=TaskPoolStrategy(),
+            fn_kwargs={"name": name, "reference": [preparing]},
+        )
+        answered = ready.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+            Generate,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_ENGINE_CPUS,
+            compute=ActorPoolStrategy(
+                size=config.replicas, max_tasks_in_flight_per_actor=blocks, max_concurrent_calls_per_actor=blocks
+            ),
+            fn_constructor_kwargs={"made": [generating], "env": environment()},
+        )
+        if self._after is None:
+            return answered
+        return answered.map_batches(
+            postprocess,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=_POST_CPUS,
+            compute=TaskPoolStrategy(),
+            fn_kwargs={"function": self._after, "error_column": config.error_column},
+        )
+
+    def _slots(self) -> int:
+        import ray
+
+        return (
+            _BIG_SLOTS if ray.cluster_resources().get("GPU") and self._config.engine.device != "cpu" else _SMALL_SLOTS
+        )
+
+    def _check_cpus(self) -> None:
+        import ray
+
+        config = self._config
+        engines = config.replicas * (_ENGINE_CPUS + 0.01 * config.engine.tensor_parallel_size)
+        needed = _READ_CPUS + config.prepare_cpus + engines
+        total = ray.cluster_resources().get("CPU", 0.0)
+        if total < needed:
+            raise PlacementError(
+                f"the pipeline needs {needed:g} CPUs: {_READ_CPUS:g} to read, {config.prepare_cpus:g} to tokenize "
+                f"(prepare_cpus), {engines:g} for {config.replicas} engine(s) (replicas); the Ray cluster has {total:g}"
+            )

@@ -1,0 +1,100 @@
+"""Rows from the pipeline to work for engines: numbers them, finds duplicates, leaves out what is done.
+
+Runs in a thread of its own, a few chunks ahead of the engines and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from shoal.driver.binding import Row
+from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.keys import KeyTable, stream_number
+from shoal.driver.jobs.model import ModelTools
+from shoal.driver.jobs.packed import PackedRow, rows_of
+from shoal.driver.jobs.prepare import BoundSet
+from shoal.driver.jobs.scan import Duplicates, InputRow
+from shoal.driver.jobs.work import Chunk, Settled, Work
+
+CHUNK_ROWS = 256
+
+
+class Intake:
+    """The input as chunks, in order. For one thread."""
+
+    def __init__(
+        self,
+        tables: Callable[[], Iterator[Any]],
+        names: Sequence[str],
+        duplicates: Duplicates,
+        done: KeyTable,
+        tries: dict[bytes, Tries],
+        tools: Future[ModelTools],
+    ) -> None:
+        """`tables`: begins the pipeline. `names`: of the input files.
+
+        `done`: location in the ledger of rows that need nothing; `tries`: of rows that were in an engine that died.
+        `tools` is waited for when the first row comes that needs an engine, not before.
+        """
+        self._tables, self._names, self._duplicates = tables, names, duplicates
+        self._done, self._tries, self._tools = done, tries, tools
+        self._bounds: BoundSet | None = None
+
+    def scanned(self) -> Generator[tuple[list[Settled], list[PackedRow]], None, None]:
+        """For each chunk: what is settled, and the rows that need an engine."""
+        index = 0
+        for table in self._tables():
+            for start in range(0, table.num_rows, CHUNK_ROWS):
+                rows = rows_of(table.slice(start, CHUNK_ROWS), index, self._names)
+                index += len(rows)
+                yield self._sort(rows)
+
+    def _sort(self, packed: list[PackedRow]) -> tuple[list[Settled], list[PackedRow]]:
+        rows = [one.row for one in packed]
+        self._duplicates.mark(rows)
+        settled: list[Settled] = []
+        needy: list[PackedRow] = []
+        for one, location in zip(packed, self._done.find([row.key for row in rows]).tolist(), strict=True):
+            if location >= 0:
+                settled.append(Settled(one.row.index, location))
+            elif one.row.fault is not None:
+                settled.append(_failed(one.row, one.row.fault))
+            else:
+                needy.append(one)
+        return settled, needy
+
+    def chunk(self, settled: list[Settled], needy: list[PackedRow]) -> Chunk:
+        """The chunk, its rows ready for an engine. Waits for the model where any row needs it."""
+        result = Chunk(len(settled) + len(needy), settled=settled)
+        if not needy:
+            return result
+        tools = self._tools.result()
+        if self._bounds is None:
+            self._bounds = BoundSet(tools)
+        for one in needy:
+            assert one.token_ids is not None, "a row that is not done and has no fault was made ready"
+            assert one.sampling is not None
+            row, ids = one.row, np.frombuffer(one.token_ids, np.int32).tolist()
+            bound = self._bounds.find(one.sampling.decode("utf-8", "surrogatepass"))
+            ready = Row(row.index, stream_number(row.row_id), 0, None, ids, bound)
+            try:
+                tools.inputs.check_length(ids)  # an engine may take less than the model would
+                tools.binder.check_length(ready)
+            except ValueError as error:
+                code = "invalid_prompt" if len(ids) >= tools.inputs.max_model_len else "invalid_parameter"
+                stage = "tokenize" if code == "invalid_prompt" else "parameters"
+                result.settled.append(_failed(row, Fault(code, stage, str(error))))
+                continue
+            work = Work(row.index, row.row_id, row.key, row.raw, ready)
+            if row.key in self._tries:
+                work.tries = self._tries.pop(row.key)
+            result.work.append(work)
+        return result
+
+
+def _failed(row: InputRow, fault: Fault) -> Settled:
+    return Settled(row.index, -1, row.row_id, row.key, row.raw, fault)

@@ -1,0 +1,91 @@
+"""Rows as they travel between the stages of a pipeline: Arrow tables of bytes and numbers, no Python objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.keys import KEY_BYTES
+from shoal.driver.jobs.prepare import Ready
+from shoal.driver.jobs.scan import InputRow
+from shoal.driver.jobs.sources.registry import SourceRow
+
+LINES = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("raw", pa.large_binary()), ("fault", pa.binary())])
+ROWS = pa.schema(
+    [
+        *LINES,
+        ("row_id", pa.binary()),
+        ("id_hash", pa.binary(KEY_BYTES)),
+        ("key", pa.binary(KEY_BYTES)),
+        ("token_ids", pa.large_binary()),  # int32; null where the row needs no engine
+        ("sampling", pa.binary()),
+    ]
+)
+
+
+@dataclass(slots=True)
+class PackedRow:
+    """A row of the input on its way from a task to the job."""
+
+    row: InputRow
+    token_ids: bytes | None
+    sampling: bytes | None
+
+
+def pack_lines(file: int, sources: Sequence[SourceRow]) -> Any:
+    """A LINES table of rows of one file."""
+    columns = [
+        pa.array(np.full(len(sources), file, np.int32)),
+        [source.line for source in sources],
+        [source.raw for source in sources],
+        [_dump(source.fault) for source in sources],
+    ]
+    return pa.table(columns, schema=LINES)
+
+
+def lines_of(table: Any) -> Iterator[tuple[int, SourceRow]]:
+    """File number and row, one by one."""
+    files, lines, raws, faults = (table[name].to_pylist() for name in LINES.names)
+    for file, line, raw, fault in zip(files, lines, raws, faults, strict=True):
+        yield file, SourceRow(line, raw, _load(fault))
+
+
+def pack_rows(files: Any, rows: Sequence[InputRow], ready: Sequence[Ready | None]) -> Any:
+    """A ROWS table. `files`: the number of each row's file."""
+    columns = [
+        files,
+        [row.line for row in rows],
+        [row.raw for row in rows],
+        [_dump(row.fault) for row in rows],
+        [row.row_id.encode("utf-8", "surrogatepass") for row in rows],
+        [row.id_hash for row in rows],
+        [row.key for row in rows],
+        [None if one is None else np.asarray(one.token_ids, np.int32).tobytes() for one in ready],
+        [None if one is None else one.sampling.encode("utf-8", "surrogatepass") for one in ready],
+    ]
+    return pa.table(columns, schema=ROWS)
+
+
+def rows_of(table: Any, first_index: int, names: Sequence[str]) -> list[PackedRow]:
+    """Rows again, numbered from `first_index`. `names`: of all files."""
+    found = []
+    columns = [table[name].to_pylist() for name in ROWS.names]
+    for offset, (file, line, raw, fault, row_id, id_hash, key, ids, sampling) in enumerate(zip(*columns, strict=True)):
+        text = row_id.decode("utf-8", "surrogatepass")
+        row = InputRow(first_index + offset, names[file], line, raw, text, id_hash, key, _load(fault))
+        found.append(PackedRow(row, ids, sampling))
+    return found
+
+
+def _dump(fault: Fault | None) -> bytes | None:
+    return None if fault is None else json.dumps(asdict(fault)).encode()
+
+
+def _load(data: bytes | None) -> Fault | None:
+    return None if data is None else Fault(**json.loads(data))

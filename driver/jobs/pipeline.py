@@ -1,0 +1,152 @@
+"""A job's input as a Ray Data pipeline: files → lines → rows made ready, in order, a bounded number ahead.
+
+Reading is one task a file. Parsing, keys, templates and tokenizing are tasks of their own, on any CPU of the cluster.
+What comes out goes to the job, which alone numbers rows, knows which are done and writes.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.faults import Fault, RowError
+from shoal.driver.jobs.files import InputFile
+from shoal.driver.jobs.forms.base import make_form
+from shoal.driver.jobs.keys import KeyTable, RowKeys
+from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.packed import lines_of, pack_lines, pack_rows
+from shoal.driver.jobs.prepare import Ready, RowPreparer
+from shoal.driver.jobs.scan import RowReader
+from shoal.driver.jobs.sources.registry import read_rows
+from shoal.driver.worker_group import PlacementError
+
+READ_CPUS, PREPARE_CPUS = 0.25, 0.5
+_BLOCK_BYTES = 256 << 10  # small blocks: the first rows come soon, and little is under way
+_STORE_BYTES = 64 << 20  # of the object store, for all blocks of the pipeline
+_READ_ROWS = 512
+_kept: dict[str, Any] = {}  # in a task's process: what the last job's tasks were made with
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a task needs to make rows ready."""
+
+    config: JobConfig
+    form: str
+    files: Sequence[InputFile]
+    salt: bytes
+    model: RowModel
+    done: KeyTable  # keys of rows that need nothing
+
+
+def prepared_tables(recipe: Recipe) -> Iterator[Any]:
+    """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised."""
+    import ray
+
+    _check_cpus()
+    for file in recipe.files:
+        if "memory" in (file.filesystem.protocol, *file.filesystem.protocol):
+            raise ValueError(f"input {file.name!r} is in the memory of this process, where tasks cannot read it")
+    name = uuid.uuid4().hex
+    reference = ray.put(recipe)  # unpacked once in each process, not once for each task
+    dataset = _dataset(recipe, name, [reference])
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
+    import ray
+    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_STORE_BYTES)
+    limit = recipe.config.max_line_bytes
+    with DataContext.current(context):
+        items = [{"number": number, "file": file} for number, file in enumerate(recipe.files)]
+        files = ray.data.from_items(items, override_num_blocks=len(items))
+        lines = files.map_batches(
+            _read, batch_size=1, num_cpus=READ_CPUS, compute=TaskPoolStrategy(), fn_kwargs={"limit": limit}
+        )
+        return lines.map_batches(
+            _prepare,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=PREPARE_CPUS,
+            compute=TaskPoolStrategy(),
+            fn_kwargs={"name": name, "reference": reference},
+        )
+
+
+def _read(batch: dict[str, Any], limit: int) -> Iterator[Any]:
+    (number,), (file,) = batch["number"].tolist(), batch["file"].tolist()
+    sources = []
+    for source in read_rows(file, limit):
+        sources.append(source)
+        if len(sources) == _READ_ROWS:
+            yield pack_lines(number, sources)
+            sources.clear()
+    yield pack_lines(number, sources)
+
+
+def _prepare(table: Any, name: str, reference: list[Any]) -> Any:
+    if name not in _kept:
+        import ray
+
+        _kept.clear()
+        _kept[name] = _Stage(ray.get(reference[0]))
+    stage: _Stage = _kept[name]
+    return stage.run(table)
+
+
+class _Stage:
+    """What a task's process keeps from task to task."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        config = recipe.config
+        self._files, self._done = recipe.files, recipe.done
+        self._form = make_form(recipe.form, config)
+        self._reader = RowReader(self._form, RowKeys(recipe.salt))
+        self._preparer = RowPreparer(
+            recipe.model.tools(),
+            config.sampling_params,
+            config.chat_template_kwargs,
+            config.engine.model if config.strict_model else None,
+        )
+
+    def run(self, table: Any) -> Any:
+        """LINES to ROWS."""
+        read = [self._reader.read(0, self._files[file].name, source) for file, source in lines_of(table)]
+        rows = [row for row, _ in read]
+        done = self._done.find([row.key for row in rows])
+        ready: list[Ready | None] = [None] * len(rows)
+        places, requests = [], []
+        for place, (row, columns) in enumerate(read):
+            if row.fault is not None or done[place] >= 0:
+                continue
+            try:
+                requests.append(self._form.request(columns))
+                places.append(place)
+            except RowError as error:
+                row.fault = error.fault
+        for place, found in zip(places, self._preparer.prepare(requests), strict=True):
+            if isinstance(found, Fault):
+                rows[place].fault = found
+            else:
+                ready[place] = found
+        return pack_rows(table["file"], rows, ready)
+
+
+def _check_cpus() -> None:
+    import ray
+
+    total = ray.cluster_resources().get("CPU", 0.0)
+    if total < READ_CPUS + PREPARE_CPUS:
+        raise PlacementError(
+            f"reading and tokenizing need {READ_CPUS} + {PREPARE_CPUS} CPUs; the Ray cluster has {total:g} in all"
+        )
