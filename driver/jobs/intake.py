@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shoal.driver.binding import Row
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.keys import KeyTable, stream_number
 from shoal.driver.jobs.model import ModelTools
