@@ -142,6 +142,14 @@ class Dispatcher(Generic[ItemT]):
                     return work
         return self.router.remove(index)
 
+    def clear(self) -> None:
+        """Forgets all rows; the lanes stay."""
+        self.router.forget_items()
+        for waiting in self._suspects.values():
+            waiting.clear()
+        for number, lane in self.lanes.items():
+            self.lanes[number] = Lane(lane.slots)
+
     def open_lane(self, number: int, slots: int, kv_tokens: int = 1 << 20) -> None:
         """An engine is up."""
         self.lanes[number] = Lane(slots)

@@ -98,6 +98,16 @@ class Engine:
         LOGGER.info("%s: %s", config.model, resolved)
         return cls(driver, resolved)
 
+    @property
+    def window(self) -> int:
+        """Sequences that may be unfinished in it."""
+        return 2 * self.resolved.max_num_seqs
+
+    @property
+    def num_replicas(self) -> int:
+        """It is one."""
+        return 1
+
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
         ask(self._driver.submit.remote(RequestBatch(requests)))

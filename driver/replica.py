@@ -93,6 +93,8 @@ class Replica:
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
         self._stop = threading.Event()
         self._failure: Exception | None = None
+        self.is_up = False
+        self.ended: Down | None = None
         self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
         self._thread.start()
 
@@ -116,18 +118,19 @@ class Replica:
         self._stop.set()
 
     def join(self, timeout_s: float) -> None:
-        """Waits for its end."""
+        """Waits for its end; `ended` tells whether it came."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
         if self._stop.wait(self._delay_s):
-            self._inbox.put(Down(self, None, False))
+            self._end(None, booted=False)
             return
         try:
             self.engine = self._start()
         except Exception as error:  # the job decides what it means
-            self._inbox.put(Down(self, error, False))
+            self._end(error, booted=False)
             return
+        self.is_up = True
         self._inbox.put(Up(self))
         failure: Exception | None = None
         try:
@@ -140,7 +143,11 @@ class Replica:
             self.engine.shutdown()
         except Exception as error:
             LOGGER.warning("replica %d did not end cleanly: %s", self.number, error)
-        self._inbox.put(Down(self, failure or self._failure, True))
+        self._end(failure or self._failure, booted=True)
+
+    def _end(self, error: Exception | None, booted: bool) -> None:
+        self.ended = Down(self, error, booted)
+        self._inbox.put(self.ended)
 
     def _listen(self) -> None:
         while not self._stop.is_set():

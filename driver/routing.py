@@ -134,6 +134,12 @@ class Router(Generic[ItemT]):
             self._place(entry)
         self._entries = {index: entry for index, entry in self._entries.items() if entry.lane != lane}
 
+    def forget_items(self) -> None:
+        """Nothing waits any more, and nothing is in an engine."""
+        self._loose.clear()
+        self._entries.clear()
+        self._shelves = {lane: _Shelf(shelf.capacity) for lane, shelf in self._shelves.items()}
+
     def forget_prefixes(self) -> None:
         """The engines' caches were emptied."""
         self._homes.clear()

@@ -89,6 +89,8 @@ class RowModel:
 class _NoEngine:
     """Rows go to engines of their own, never through the Client that their tools come from."""
 
+    window = 0
+
     def submit(self, requests: Any) -> None:
         """Never called."""
         raise AssertionError

@@ -47,6 +47,8 @@ class CountingEngine:
             tensor_parallel_size=2,
         )
 
+    window, num_replicas = 2 * MAX_SEQS, 1
+
     @classmethod
     def start(cls, config, get_model):
         cls.made = cls(get_model()[2])

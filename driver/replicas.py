@@ -1,0 +1,197 @@
+"""How many engines there are: as many as were asked for, or as fit the cluster; dead ones are replaced.
+
+Decides only: `Replica` starts and ends engines, and what the cluster has room for comes from a function. An engine that
+is added later is created only where it can be placed at once, so that nothing stands in the cluster's queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Literal
+
+from shoal.driver.log import LOGGER
+from shoal.driver.replica import Down, EngineLike, Replica
+
+Count = int | Literal["auto"]
+LOOK_S = 3.0  # between looks at what the cluster has room for, where an engine is wanted
+RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
+MOST_FAILURES = 3  # starts that failed in a row, of one engine
+_REST_S = 30.0  # before an engine that was given up is tried again, doubled each time
+_LATE_PLACEMENT_S = 10.0  # for an engine that is added where there was room a moment ago
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is to go."""
+
+    node_id: str | None = None  # None: where Ray finds room
+    num_sharing: int = 1  # engines that share the node's cores
+    timeout_s: float | None = None  # for placing; None: as configured
+
+
+StartAt = Callable[[Place], EngineLike]
+FindPlaces = Callable[[int | None, list[Place]], list[Place]]
+"""(how many are wanted, None: all there is room for; where the others are) -> places, on nodes that have room now.
+
+For a fixed number the list is filled up with Place(): the attempt then says what is missing."""
+
+
+class NoEngineError(RuntimeError):
+    """No engine is left, and none could be started."""
+
+
+def check_count(value: Any) -> Count:
+    """A number of replicas, or "auto". ValueError for anything else."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'replicas must be a number from 1 on, or "auto", got {value!r}')
+    return value
+
+
+class Replicas:
+    """The engines of one job or one LLM. For one thread; `tick` several times a second."""
+
+    def __init__(
+        self,
+        count: Count,
+        start: StartAt,
+        find_places: FindPlaces,
+        inbox: SimpleQueue[Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        aside: Executor | None = None,
+    ) -> None:
+        """`aside`: runs `find_places`, which may take its time."""
+        self.count, self._start, self._find_places, self._inbox = count, start, find_places, inbox
+        self.alive: dict[int, Replica] = {}  # by number: those that start, run, or are about to be replaced
+        self.deaths = 0
+        self._places: dict[int, Place] = {}
+        self._up: set[int] = set()
+        self._failures = 0  # in a row, of any
+        self._failed: dict[int, int] = {}  # the same, by number
+        self._proven = False  # some engine has been up
+        self._clock = clock
+        self._aside = aside or ThreadPoolExecutor(1, thread_name_prefix="places")
+        self._looking: Future[list[Place]] | None = None
+        self._next_look = 0.0
+
+    @property
+    def starting(self) -> bool:
+        """Whether any is on its way."""
+        return len(self._up) < len(self.alive)
+
+    def begin(self) -> None:
+        """Starts the first ones, side by side. Raises what `find_places` does."""
+        places = self._find_places(None if self.count == "auto" else self.count, [])
+        for place in places or [Place()]:
+            self._add(place)
+
+    def came_up(self, replica: Replica) -> None:
+        """One is ready."""
+        self._up.add(replica.number)
+        self._failures = 0
+        self._failed.pop(replica.number, None)
+        self._proven = True
+
+    def went_down(self, down: Down, error: Exception) -> None:
+        """One died, or did not start: it is tried again, or given up for now.
+
+        NoEngineError when none is left. Of the first start, what trying again would not change: ValueError, TypeError,
+        PlacementError.
+        """
+        number = down.replica.number
+        place = self._places[number]
+        self._up.discard(number)
+        if down.booted:
+            self.deaths += 1
+            if self.count == "auto" and len(self.alive) > 1:  # wherever there is room
+                self._drop(number, 0.0)
+            else:
+                self._launch(number, Place(None, place.num_sharing))
+            return
+        others = len(self.alive) > 1
+        lacking = _cannot_be_placed(error) and not (self.count == "auto" and others)
+        if not self._proven and (isinstance(error, (ValueError, TypeError)) or lacking):
+            raise error
+        self._failures += 1
+        failures = self._failed[number] = self._failed.get(number, 0) + 1
+        LOGGER.warning("replica %d did not start (%d in a row): %s", number, failures, short(error))
+        if failures < MOST_FAILURES and not (others and _cannot_be_placed(error)):
+            self._launch(number, place, RETRY_S * 2**failures)
+            return
+        if not others:
+            raise NoEngineError(f"no engine could be started; the last time: {short(error)}")
+        self._drop(number, min(600.0, _REST_S * 2 ** min(5, self._failures)))
+        wanted = "as many replicas as fit" if self.count == "auto" else f"{self.count} replicas"
+        LOGGER.warning("going on with %d of %s", len(self.alive), wanted)
+
+    def tick(self) -> None:
+        """Adds engines where there is room for those that are missing."""
+        if self._looking is not None:
+            if not self._looking.done():
+                return
+            looking, self._looking = self._looking, None
+            try:
+                places = looking.result()
+            except Exception as error:  # the cluster is out of reach, or cannot hold one any more: engines go on
+                LOGGER.warning("could not see what the cluster has room for: %s", short(error))
+                return
+            for place in places[: self._num_missing()]:
+                if place.node_id is not None:
+                    number = self._add(Place(place.node_id, place.num_sharing, _LATE_PLACEMENT_S))
+                    LOGGER.info("replica %d is added: there is room for it", number)
+        elif self._num_missing() and self._proven and not self.starting and self._clock() >= self._next_look:
+            self._next_look = self._clock() + LOOK_S
+            missing = None if self.count == "auto" else self._num_missing()
+            others = [self._places[number] for number in self.alive]
+            self._looking = self._aside.submit(self._find_places, missing, others)
+
+    def stop(self) -> None:
+        """Asks all to end."""
+        for replica in self.alive.values():
+            replica.stop()
+        self._aside.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, timeout_s: float) -> Iterator[Replica]:
+        """Waits for their ends, one after the other."""
+        deadline = time.monotonic() + timeout_s
+        for replica in self.alive.values():
+            replica.join(max(0.0, deadline - time.monotonic()))
+            yield replica
+
+    def _num_missing(self) -> int:
+        return 1 << 20 if self.count == "auto" else self.count - len(self.alive)
+
+    def _add(self, place: Place) -> int:
+        number = next(n for n in range(len(self.alive) + 1) if n not in self.alive)
+        self._launch(number, place)
+        return number
+
+    def _launch(self, number: int, place: Place, delay_s: float = 0.0) -> None:
+        self._places[number] = place
+        self.alive[number] = Replica(number, lambda: self._start(place), self._inbox, delay_s)
+
+    def _drop(self, number: int, rest_s: float) -> None:
+        del self.alive[number]
+        self._failed.pop(number, None)
+        self._next_look = self._clock() + rest_s
+
+
+def _cannot_be_placed(error: Exception) -> bool:
+    from shoal.driver.worker_group import PlacementError
+
+    return isinstance(error, PlacementError)
+
+
+def short(error: BaseException) -> str:
+    """An error in one line: a rank's whole traceback is in the log already."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
+    return f"{type(error).__name__}: {text}"[:500]
