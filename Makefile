@@ -1,6 +1,7 @@
 # make demo   answer examples/prompts.jsonl with a small real model      make lint       ruff, mypy
 # make test   the whole suite                                            make bench-cpu  Shoal beside transformers
 # make bench  tokens/s beside what the device could do                   make clean      remove everything that make made
+# make soak   batch jobs while everything around them is killed
 #
 # Everything is installed into .venv; the stamps in it say what is done, so a second run installs nothing.
 
@@ -31,10 +32,10 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint bench bench-cpu clean
+.PHONY: help demo test lint bench bench-cpu soak clean
 
 help:
-	@sed -n 's/^# //;1,3p' Makefile
+	@sed -n 's/^# //;1,4p' Makefile
 
 demo: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python examples/demo.py
@@ -46,6 +47,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Half an hour and more; SOAK_ARGS="-k rounds", SHOAL_SOAK_ROUNDS=50 and SHOAL_SOAK_SEED=1000 choose what.
+soak: $(VENV)/.dev $(RAY_TOKEN)
+	@env -u RAY_ADDRESS $(BIN)/python -m pytest -m soak -s tests/jobs/soak $(SOAK_ARGS)
 
 # Small enough for a CPU; on a GPU: make bench BENCH_ARGS="--workload nano"
 bench: BENCH_ARGS ?= --model tiny --num-requests 64 --output-len 16:256

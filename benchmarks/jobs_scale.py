@@ -78,6 +78,9 @@ def run_the_job(folder: Path) -> int:
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
     class StubModel(RowModel):
+        def portable(self):
+            return RowModel(self.config, self.resolved, self.tokenizer, self.tokenizer_json).portable()
+
         def starter(self):
             def start():
                 connect("local")

@@ -14,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("driver", "workers", "kernels")
-PARTS = ("shoal", *LAYERS, "pyproject.toml", "README.md")
+DEPLOYING = ("cluster.yaml", "constraints.txt", ".dockerignore", "docker", "docs", "examples")
+PARTS = ("shoal", *LAYERS, "pyproject.toml", "README.md", "MANIFEST.in", *DEPLOYING)
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, **extra: str) -> str:
     # Without the caller's PYTHONPATH: what is imported must come from where the test says.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | extra
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -61,6 +62,11 @@ def test_sdist_holds_every_source_as_a_real_file(built):
     inside = {member.name.partition("/")[2] for member in members if member.isfile()}
     assert expected_files() <= inside
     assert {"pyproject.toml", "README.md"} <= inside
+    for name in DEPLOYING:
+        paths = [ROOT / name, *(ROOT / name).rglob("*")]
+        files = {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
+        assert files, name
+        assert files <= inside
     assert not [member.name for member in members if member.issym() or member.islnk()]
 
 
@@ -96,3 +102,7 @@ def test_installed_package_works_far_from_the_tree(built, kind, tmp_path):
     site_packages = sysconfig.get_paths()["purelib"]
     count = run(sys.executable, "-I", "-S", "-c", SEEN_FROM_OUTSIDE, str(target), site_packages, cwd=tmp_path)
     assert int(count) > 3
+    if kind == "wheel":
+        for arguments, expected in ((["--version"], "shoal "), (["run-batch", "--help"], "usage: shoal run-batch")):
+            program = (str(target / "bin" / "shoal"), *arguments)
+            assert run(*program, cwd=tmp_path, PYTHONPATH=str(target)).startswith(expected)

@@ -28,7 +28,9 @@ class Accounts:
     rows_read: int = 0  # by this run
     ok: int = 0
     errors: int = 0
-    resumed: int = 0  # rows that earlier runs had settled
+    resumed: int = 0  # rows that earlier runs had settled, as far as this one has met them in the input
+    unmet_ok: int = 0  # rows that earlier runs answered, and this one has not met yet
+    unmet_errors: int = 0
     error_codes: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -38,7 +40,13 @@ class Accounts:
     boot_failures: int = 0
     quarantined: int = 0
     started: float = field(default_factory=time.time)
+    durable: tuple[int, int] = (0, 0)  # answers and errors that no crash can take back
     _recent: list[tuple[float, int, int, int]] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """Rows with an answer or an error, those of earlier runs too that were not met yet: this never falls."""
+        return self.settled + self.unmet_ok + self.unmet_errors
 
     @property
     def settled(self) -> int:
@@ -61,6 +69,20 @@ class Accounts:
         self.prompt_tokens += usage.prompt
         self.cached_tokens += usage.cached
         self.committed_tokens += usage.completion
+
+    def met(self, is_error: bool) -> None:
+        """A row of the input that an earlier run has settled."""
+        self.resumed += 1
+        if is_error:
+            self.failed("from an earlier run")
+            self.unmet_errors = max(0, self.unmet_errors - 1)
+        else:
+            self.ok += 1
+            self.unmet_ok = max(0, self.unmet_ok - 1)
+
+    def mark_durable(self) -> None:
+        """All that was counted is in the ledger for good."""
+        self.durable = (self.ok + self.unmet_ok, self.errors + self.unmet_errors)
 
     def failed(self, code: str) -> None:
         """One more error."""
@@ -87,7 +109,7 @@ class Accounts:
         _, _, speed = self.rates()
         if self.total_rows is None or not self.ok or speed <= 0:
             return None
-        left = max(0, self.total_rows - self.settled)
+        left = max(0, self.total_rows - self.known)
         return left * (self.committed_tokens / self.ok) / speed
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,7 +117,7 @@ class Accounts:
         rows, prompt, generated = self.rates()
         eta = self.eta_s()
         return {
-            "request_counts": {"total": self.total_rows, "completed": self.ok, "failed": self.errors},
+            "request_counts": {"total": self.total_rows, "completed": self.durable[0], "failed": self.durable[1]},
             "rows": {"read": self.rows_read, "resumed": self.resumed, "quarantined": self.quarantined},
             "error_codes": dict(self.error_codes),
             "tokens": {

@@ -31,6 +31,8 @@ class Recovered:
 
     done: KeyTable = field(default_factory=lambda: KeyTable(with_values=True))  # key: location << 1 | is error
     tries: dict[bytes, Tries] = field(default_factory=dict)
+    num_ok: int = 0
+    num_errors: int = 0  # of those that are not tried again
 
 
 def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered:
@@ -61,12 +63,14 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
             tries = found.tries.setdefault(key, Tries())
             tries.alone += meta["alone"]
             tries.in_company += not meta["alone"]
+    found.num_ok = len(found.done)
     if retry_errors:
         for key in errors:
             found.tries.pop(key, None)
     else:
         for key, value in errors.items():
             found.done.add(key, value)
+        found.num_errors = len(errors)
     return found
 
 
@@ -85,11 +89,7 @@ class Committer:
         for row in rows:
             if row.fault is None:
                 self.where[row.index] = row.location >> 1
-                self._accounts.resumed += 1
-                if row.location & 1:
-                    self._accounts.failed("from an earlier run")
-                else:
-                    self._accounts.ok += 1
+                self._accounts.met(bool(row.location & 1))
             else:
                 self._error(row.index, row.row_id, row.key, row.raw, row.fault)
                 new.append(row.index)
@@ -143,12 +143,17 @@ class Committer:
             self._accounts.generated[session] = tokens
             self.ledger.append({"t": "engine", "session": session, "generated": tokens})
 
-    def sync(self, force: bool = False) -> bool:
-        """Makes answers durable when there are enough of them, or they are old enough. True where it was tried."""
+    def is_due(self) -> bool:
+        """There are enough answers to make durable, or they are old enough."""
         waiting = self.ledger.num_unsynced
-        now = time.monotonic()
-        if not force and (waiting == 0 or (waiting < self._commit_rows and now - self._synced < _SYNC_S)):
+        return waiting >= self._commit_rows or (waiting > 0 and time.monotonic() - self._synced >= _SYNC_S)
+
+    def sync(self, force: bool = False) -> bool:
+        """Makes answers durable when that is due. True where it was tried."""
+        if not force and not self.is_due():
             return False
         self.ledger.sync(force)
-        self._synced = now
+        self._synced = time.monotonic()
+        if not self.ledger.num_unsynced:
+            self._accounts.mark_durable()
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from concurrent.futures import Future
@@ -19,14 +20,14 @@ from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.pipeline import Recipe, prepared_tables
-from shoal.driver.jobs.publish import Publisher, plan_output
+from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report import write_report
 from shoal.driver.jobs.runner import Hooks, Runner
 from shoal.driver.jobs.scan import Duplicates, Scanner, detect_form, validate
-from shoal.driver.jobs.state.folder import NO_ROOM
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
-from shoal.driver.jobs.status import Display, StatusFile
+from shoal.driver.jobs.state.store import NO_ROOM
+from shoal.driver.jobs.status import STATUS_FILE, Display, StatusFile
 from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.local_files import read_template
 from shoal.driver.log import LOGGER, set_up_logging
@@ -50,6 +51,11 @@ def run_job(config: JobConfig, make_model: MakeModel = RowModel.find) -> Exit:
         except SupersededError as error:
             LOGGER.error("%s", error)
             return Exit.SUPERSEDED
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            LOGGER.error("there is no room for the job's state: %s", error)
+            return Exit.FAILED
 
 
 class Job:
@@ -85,17 +91,31 @@ class Job:
             return error.code
         self._ledger = Ledger(self._store, fresh=self._config.fresh)
         every_s = _STATUS_S if self._plan.local else _REMOTE_STATUS_S
-        self._status = StatusFile(self._store, self._ledger.epoch, self._accounts, self._samples, every_s)
+        self._status = StatusFile(self._store, self._ledger, self._accounts, self._samples, every_s)
         self._committer = Committer(self._ledger, self._form, self._accounts, self._config.commit_rows)
         self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
         self._parts: Parts | None = None
         if self._plan.is_folder:
             rewrite = self._config.fresh or self._config.accept_changes
             self._parts = Parts(self._plan, self._publisher, self._config.rows_per_part, rewrite)
+        if earlier is not None:  # until the ledger has been read
+            self._accounts.durable = self._counted_before()
         try:
             return self._live(earlier)
+        except GaveUpError:
+            return self._cancel()
         except JobError as error:
             return self._fail(error)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                self._status.enter(Status.FAILED, f"{type(error).__name__}: {error}")
+                raise
+            return self._fail(JobError(Exit.FAILED, f"there is no room for the job's state: {error}"))
+        except SupersededError:
+            raise
+        except Exception as error:  # nobody foresaw it; whoever reads the status must not take the job for a live one
+            self._status.enter(Status.FAILED, f"{type(error).__name__}: {error}")
+            raise
         finally:
             self._display.close()
             self._ledger.close()
@@ -105,12 +125,14 @@ class Job:
         self._status.enter(Status.VALIDATING)
         rows = None if earlier is None else earlier.get("rows")
         self._accounts.total_rows = self._validate() if rows is None else rows
-        self._store.put(JOB_FILE, json.dumps({"identity": self._identity, "rows": self._accounts.total_rows}).encode())
-        self._status.enter(Status.IN_PROGRESS)
-        self._work()
         if self._stop.asked:
             return self._cancel()
+        self._store.put(JOB_FILE, json.dumps({"identity": self._identity, "rows": self._accounts.total_rows}).encode())
+        self._status.enter(Status.IN_PROGRESS)
+        if not self._work(same_job=earlier is not None):
+            return self._cancel()
         self._status.enter(Status.FINALIZING)
+        self._publisher.give_up = lambda: self._stop.due
         self._publish()
         self._status.enter(Status.COMPLETED)
         write_report(self._store, self._config, self._status.as_dict())
@@ -140,18 +162,33 @@ class Job:
     def _validate(self) -> int | None:
         """Reads the input without a model; the number of its rows, None where it has more than were looked at."""
         config = self._config
-        result = validate(self._files, Scanner(self._form, self._keys), config.validate_rows, config.max_line_bytes)
+        scanner = Scanner(self._form, self._keys)
+        result = validate(
+            self._files, scanner, config.validate_rows, config.max_line_bytes, give_up=lambda: self._stop.asked
+        )
+        if self._stop.asked:
+            return None
         if result.num_faults and config.on_invalid == "stop":
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
             LOGGER.warning("%s", result)
         return result.num_rows if result.complete else None
 
-    def _work(self) -> None:
+    def _counted_before(self) -> tuple[int, int]:
+        """Answers and errors of which an earlier run of this job has told."""
+        found = self._store.get(STATUS_FILE)
+        counts = {} if found is None else json.loads(found)["request_counts"]
+        return counts.get("completed", 0), 0 if self._config.retry_errors else counts.get("failed", 0)
+
+    def _work(self, same_job: bool) -> bool:
+        """Answers what has no answer yet; False where it was stopped."""
         from shoal.driver.engine import connect
 
         config = self._config
         recovered = recover(self._ledger, self._accounts, config.retry_errors)
+        if same_job:
+            self._accounts.unmet_ok, self._accounts.unmet_errors = recovered.num_ok, recovered.num_errors
+        self._accounts.mark_durable()
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
@@ -172,8 +209,9 @@ class Job:
         try:
             self._runner.run()
         finally:
-            self._runner.end_engines(0.0 if self._stop.due else _ENGINES_END_S)
+            self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))
         self._committer.sync(force=True)
+        return not self._stop.asked
 
     def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
         tools = self._model.tools(resolved.max_model_len)
@@ -216,16 +254,24 @@ class Job:
                 time.sleep(_FULL_RETRY_S)
 
     def _cancel(self) -> Exit:
+        self._committer.sync(force=True)
         self._status.enter(Status.CANCELLED)
-        self._partial()
+        self._publisher.give_up = lambda: self._stop.at_once
+        with contextlib.suppress(GaveUpError):
+            self._partial()
         LOGGER.info("cancelled with %d rows settled; the same command resumes", self._accounts.settled)
         return self._stop.code
 
     def _fail(self, error: JobError) -> Exit:
         LOGGER.error("the job failed: %s", error)
-        self._committer.sync(force=True)
-        self._status.enter(Status.FAILED, str(error))
-        self._partial()
+        try:
+            self._committer.sync(force=True)
+            self._status.enter(Status.FAILED, str(error))
+            self._partial()
+        except OSError as full:
+            if full.errno not in NO_ROOM:
+                raise
+            LOGGER.error("what there is so far cannot be written: %s", full)
         return error.code
 
     def _partial(self) -> None:

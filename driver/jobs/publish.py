@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -70,14 +70,20 @@ def plan_output(config: JobConfig, input_format: str, separate_errors: bool) -> 
     return OutputPlan(filesystem, local, format_, path, error_path, path + STATE_SUFFIX, False)
 
 
+class GaveUpError(RuntimeError):
+    """A file was not finished; nothing of it is left, and it can be made again."""
+
+
 class Publisher:
     """Makes output files out of a ledger's durable records. `where`: the location of each input row's record."""
 
     def __init__(self, plan: OutputPlan, ledger: Ledger, where: Numbers, order: str) -> None:
         self._plan, self._ledger, self._where, self._order = plan, ledger, where, order
 
+        self.give_up: Callable[[], bool] = lambda: False
+
     def publish(self, num_rows: int) -> list[str]:
-        """The whole output of `num_rows` input rows; the paths of its files."""
+        """The whole output of `num_rows` input rows; the paths of its files. GaveUpError where it was to give up."""
         return self._publish(0, num_rows, self._plan.path, self._plan.error_path)
 
     def publish_part(self, number: int, start: int, stop: int) -> list[str]:
@@ -111,6 +117,8 @@ class Publisher:
         if self._order == "completion":
             found = np.sort(found)
         for piece in range(0, len(found), 4096):
+            if self.give_up():
+                raise GaveUpError("stopped while the output was being written")
             yield from found[piece : piece + 4096].tolist()
 
 

@@ -170,6 +170,7 @@ class Runner:
                 raise event.error
             self._exhausted = True
             self._accounts.total_rows = event.num_rows
+            self._accounts.unmet_ok = self._accounts.unmet_errors = 0
 
     def _on_news(self, event: News) -> None:
         for result in event.collected.finished:
@@ -321,6 +322,9 @@ class Runner:
         """A full disk pauses the job: nothing is given out until there is room again."""
         if self._full_since and not force and time.monotonic() - self._full_since < _FULL_RETRY_S:
             return
+        if force or self._committer.is_due():  # a kill may come at any time, and tokens are to add up after it
+            for replica in self.replicas.values():
+                self._committer.made(replica.session, self._made(replica))
         try:
             tried = self._committer.sync(force)
         except LedgerFullError as error:
@@ -340,7 +344,7 @@ class Runner:
         running = sum(replica.num_running for replica in self.replicas.values())
         replicas = list(self.replicas.values())
         self._samples.add(
-            settled=self._accounts.settled,
+            settled=self._accounts.known,
             committed_tokens=self._accounts.committed_tokens,
             prompt_tokens=self._accounts.prompt_tokens,
             cached_tokens=self._accounts.cached_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,11 +137,17 @@ class Validation:
         return "\n  ".join(lines + ([f"and {hidden} more"] if hidden else []))
 
 
-def validate(files: Sequence[InputFile], scanner: Scanner, limit: int, max_line_bytes: int) -> Validation:
-    """Reads up to `limit` rows and counts what is wrong with them."""
+def validate(
+    files: Sequence[InputFile],
+    scanner: Scanner,
+    limit: int,
+    max_line_bytes: int,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Validation:
+    """Reads up to `limit` rows and counts what is wrong with them. `give_up` is asked now and then."""
     result = Validation()
     rows = raw_rows(files, max_line_bytes)
-    while chunk := list(itertools.islice(rows, min(1024, limit - result.num_rows))):
+    while not give_up() and (chunk := list(itertools.islice(rows, min(1024, limit - result.num_rows)))):
         result.num_rows += len(chunk)
         for row in scanner.scan(chunk):
             if row.fault is not None:

@@ -12,7 +12,8 @@ from typing import Any
 from shoal.driver.jobs.accounts import Accounts, Samples
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.outcome import Status
-from shoal.driver.jobs.state.store import StateStore
+from shoal.driver.jobs.state.ledger import Ledger
+from shoal.driver.jobs.state.store import NO_ROOM, StateStore
 from shoal.driver.log import LOGGER
 from shoal.driver.secrecy import masked
 
@@ -21,10 +22,10 @@ SAMPLES_FILE = "samples-{epoch:06d}.json"
 
 
 class StatusFile:
-    """status.json in the state folder. Only the owner of the ledger writes it."""
+    """status.json in the state folder. Only the owner of the ledger writes it: another gets SupersededError."""
 
-    def __init__(self, store: StateStore, epoch: int, accounts: Accounts, samples: Samples, every_s: float) -> None:
-        self._store, self._epoch, self._accounts, self._samples = store, epoch, accounts, samples
+    def __init__(self, store: StateStore, ledger: Ledger, accounts: Accounts, samples: Samples, every_s: float) -> None:
+        self._store, self._ledger, self._accounts, self._samples = store, ledger, accounts, samples
         self._every_s = every_s
         self._written = 0.0
         self._times: dict[str, float] = {}
@@ -44,17 +45,23 @@ class StatusFile:
 
     def write(self) -> None:
         """Writes it."""
+        self._ledger.check_owner()
         self._written = time.monotonic()
-        self._store.put(STATUS_FILE, json.dumps(self.as_dict(), indent=1).encode())
         points = json.dumps(self._samples.points, separators=(",", ":")).encode()
-        self._store.put(SAMPLES_FILE.format(epoch=self._epoch), points)
+        try:
+            self._store.put(STATUS_FILE, json.dumps(self.as_dict(), indent=1).encode())
+            self._store.put(SAMPLES_FILE.format(epoch=self._ledger.epoch), points)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            LOGGER.error("the status cannot be written: %s", error)  # a later one tells more anyway
 
     def as_dict(self) -> dict[str, Any]:
         """Its content."""
         return {
             "status": self.status.value,
             "message": None if self._message is None else masked(self._message),
-            "epoch": self._epoch,
+            "epoch": self._ledger.epoch,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "times": self._times,
@@ -87,7 +94,7 @@ class Display:
         else:
             total = "" if accounts.total_rows is None else f" of {accounts.total_rows}"
             left = "" if eta is None else f", {format_s(eta)} left"
-            LOGGER.info("%d%s rows, %.1f rows/s, %s%s", accounts.settled, total, accounts.rates()[0], load, left)
+            LOGGER.info("%d%s rows, %.1f rows/s, %s%s", accounts.known, total, accounts.rates()[0], load, left)
 
     def _draw(self, load: str, eta: float | None) -> None:
         from tqdm import tqdm
@@ -96,13 +103,13 @@ class Display:
             form = "{n_fmt}/{total_fmt} rows [{elapsed}{postfix}]"
             self._bar = tqdm(total=self._accounts.total_rows, bar_format="{l_bar}{bar}| " + form, dynamic_ncols=True)
         self._bar.total = self._accounts.total_rows
-        self._bar.n = self._accounts.settled
+        self._bar.n = self._accounts.known
         self._bar.set_postfix_str(load + ("" if eta is None else f", {format_s(eta)} left"), refresh=True)
 
     def close(self) -> None:
         """Ends the bar where it stands."""
         if self._bar is not None:
-            self._bar.n = self._accounts.settled
+            self._bar.n = self._accounts.known
             self._bar.refresh()
             self._bar.close()
             self._bar = None

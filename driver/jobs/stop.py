@@ -25,6 +25,7 @@ class StopRequest:
         self._deadline = float("inf")
         self._before: dict[signal.Signals, Any] = {}
         self.asked = False
+        self.at_once = False  # it was asked twice
         self.code = Exit.INTERRUPTED
 
     @property
@@ -41,6 +42,7 @@ class StopRequest:
         """A request; a second one ends the wait."""
         if self.asked:
             self._deadline = 0.0
+            self.at_once = True
             return
         self._deadline = time.monotonic() + drain_s
         self.code = code

@@ -197,7 +197,13 @@ def test_unknown_tokenization_kwargs_are_warned_of(inputs):
         inputs.options({"foo": 1})
 
 
-def test_one_bad_text_does_not_spoil_its_chunk(inputs, tokenizer, monkeypatch):
+def calling(tokenizer, function):
+    """Inputs whose tokenizer is of a class of its own, which calls that function."""
+    tokenizer.__class__ = type("Own", (type(tokenizer),), {"__call__": function})
+    return InputProcessor(tokenizer, None, vocab_size=262, max_model_len=32)
+
+
+def test_one_bad_text_does_not_spoil_its_chunk(tokenizer):
     real = type(tokenizer).__call__
 
     def fragile(self, texts, **kwargs):
@@ -205,13 +211,13 @@ def test_one_bad_text_does_not_spoil_its_chunk(inputs, tokenizer, monkeypatch):
             raise RuntimeError("no such text")
         return real(self, texts, **kwargs)
 
-    monkeypatch.setattr(type(tokenizer), "__call__", fragile)
+    inputs = calling(tokenizer, fragile)
     found = inputs.tokenize([Prompt("a"), Prompt("boom"), Prompt(None, [5]), Prompt("b")], inputs.options(None))
     assert [isinstance(one, Exception) for one in found] == [False, True, False, False]
     assert "no such text" in str(found[1])
 
 
-def test_texts_go_to_the_tokenizer_together(inputs, tokenizer, monkeypatch):
+def test_texts_go_to_the_tokenizer_together(tokenizer):
     sizes = []
     real = type(tokenizer).__call__
 
@@ -219,7 +225,7 @@ def test_texts_go_to_the_tokenizer_together(inputs, tokenizer, monkeypatch):
         sizes.append(len(texts))
         return real(self, texts, **kwargs)
 
-    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    inputs = calling(tokenizer, counting)
     inputs.tokenize([Prompt("a")] * 50, inputs.options(None))
     assert sizes == [50]
 
@@ -250,3 +256,19 @@ def test_bounds_of_characters():
     ):
         assert most_chars_per_token(vanishing.to_str())[0] is None
     assert most_chars_per_token(None)[0] is None
+
+
+def test_the_short_way_to_the_backend_gives_the_same_ids(inputs, tokenizer):
+    """Also after a call that truncates or pads, which a tokenizer remembers."""
+    assert inputs._backend is not None
+    tokenizer.pad_token = "</s>"
+    texts = ["the other thing", "<s>in the </s> end", "é \U0001f600", "the a"]
+    prompts = [Prompt(text) for text in texts]
+    for special in (True, False):
+        expected = tokenizer(texts, add_special_tokens=special)["input_ids"]
+        tokenizer(texts, padding=True, truncation=True, max_length=5)
+        assert inputs.tokenize(prompts, inputs.options(None, special)) == expected
+        cut = inputs.tokenize(prompts, inputs.options({"truncate_prompt_tokens": 3}, special))
+        assert [len(ids) for ids in cut] == [3] * 4
+    tokenizer.__class__ = type("Other", (type(tokenizer),), {"_encode_plus": lambda self, *a, **k: None})
+    assert InputProcessor(tokenizer, None, 262, 32)._backend is None, "what a class does by itself is respected"

@@ -34,6 +34,12 @@ def stub_model(stub_ranks, tmp_path_factory):
     return stub_ranks.make_model(tmp_path_factory.mktemp("stub-model"))
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """Finds processes of this test run's Ray: processes.named("ray::StubWorker") -> pids."""
+    return load("processes")
+
+
 class Ran:
     """A job that was run, or is running, with its files."""
 

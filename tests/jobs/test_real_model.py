@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import transformers
@@ -29,19 +28,8 @@ def run_real(ray_cluster, tiny_checkpoint, tmp_path):
     return call
 
 
-def ranks():
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            title = path.read_bytes().split(b"\0")[0].decode("utf-8", "replace")
-        except OSError:
-            continue
-        if title.startswith("ray::Worker"):
-            found.append(int(path.parent.name))
-    return found
-
-
-def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_path, load_job):
+def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_path, load_job, processes):
+    """Clause 3."""
     rows = [{**row, "sampling_params": {"temperature": 0.9 * (i % 2)}} for i, row in enumerate(ROWS)]
     source = write_rows(rows)
     two = {"engine": {"tensor_parallel_size": 2}}
@@ -50,7 +38,7 @@ def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_
 
     def kill_in_the_middle():
         broken.wait_for(15)
-        os.kill(sorted(ranks())[0], signal.SIGKILL)
+        os.kill(sorted(processes.named("ray::Worker"))[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_in_the_middle)
     thread.start()
@@ -64,6 +52,7 @@ def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_
 
 
 def test_usage_is_what_the_tokenizer_counts(run_real, write_rows, tmp_path, load_job, tiny_checkpoint):
+    """Clause 13."""
     ran = load_job(tmp_path / "a.jsonl")
     stopping = threading.Timer(0, lambda: (ran.wait_for(10), os.kill(os.getpid(), signal.SIGTERM)))
     stopping.start()

@@ -36,6 +36,7 @@ def test_every_row_is_answered_once(run, write_rows):
 
 
 def test_bad_rows_harm_no_other(run, write_rows):
+    """Clause 6."""
     bad = [
         ({"id": "long", "prompt": "x" * 400}, "invalid_prompt", "tokenize"),
         ({"id": "role", "messages": [{"content": "no role"}]}, "invalid_messages", "template"),
@@ -175,6 +176,7 @@ def test_changes_are_noticed(run, write_rows, caplog):
 
 
 def test_validation_comes_before_engines(run, write_rows, monkeypatch, caplog):
+    """Clause 14."""
     lines = [*ROWS[:3], "no json", ROWS[0], *ROWS[3:]]
     with monkeypatch.context() as patch:
         patch.setattr("shoal.driver.engine.Engine.start", lambda *_: pytest.fail("an engine was started"))
@@ -217,7 +219,7 @@ def test_errors_can_be_tried_again(run, write_rows, monkeypatch):
 
 
 def test_a_full_disk_pauses_a_job(run, write_rows, monkeypatch):
-    """Writes fail for a while in the middle of a job; it waits, and then ends as if nothing had been."""
+    """Clause 12: Writes fail for a while in the middle of a job; it waits, and then ends as if nothing had been."""
     import errno
 
     real, began = os.write, []

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
 from collections.abc import Iterator
 
-from shoal.driver.jobs.state.store import LedgerFullError, PartWriter, StateStore, part_name
+from shoal.driver.jobs.state.store import NO_ROOM, LedgerFullError, PartWriter, StateStore, part_name
 
 _CHUNK = 4 << 20
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Folder(StateStore):

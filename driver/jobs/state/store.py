@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 CLAIM = "claim"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # of an OSError that passes once somebody makes room
 
 
 class LedgerFullError(OSError):

@@ -54,6 +54,7 @@ def test_what_is_synced_is_there(new_store):
 
 
 def test_a_zombie_is_shut_out(new_store):
+    """Clause 5."""
     zombie = Ledger(new_store())
     put(zombie, 0)
     zombie.sync()
@@ -132,6 +133,7 @@ def test_objects_wait_until_they_are_worth_it():
 
 
 def test_a_torn_last_line_at_every_byte(tmp_path):
+    """Clause 12."""
     lines = [encode({"t": "ok", "index": n}, b'{"text":"a\\tb"}') for n in range(4)]
     whole = b"".join(lines[:3])
     for cut in range(len(lines[3])):
@@ -153,6 +155,7 @@ def test_a_broken_line_in_the_middle_costs_only_itself(tmp_path):
 
 
 def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
+    """Clause 12."""
     ledger = Ledger(Folder(str(tmp_path)))
     put(ledger, 0)
     ledger.sync()

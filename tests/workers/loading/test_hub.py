@@ -8,6 +8,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -46,7 +49,14 @@ class Hub:
     private: set = field(default_factory=set)
     gated: set = field(default_factory=set)
     cut: dict = field(default_factory=dict)  # file -> how many more times its transfer breaks half-way
+    hold: dict = field(default_factory=dict)  # file -> how many must have asked for anything before it is sent
     url: str = ""
+
+    def wait_for_askers(self, count, timeout=60):
+        """Until so many processes have asked what the repository holds: they all work at the same time."""
+        deadline = time.monotonic() + timeout
+        while sum("/revision/" in path for _, path, _ in self.log) < count and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def fetched(self):
         """Files whose content was sent."""
@@ -101,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             return self.send(206, content[start:], headers)
+        if self.command == "GET" and file in self.server.hub.hold:
+            self.server.hub.wait_for_askers(self.server.hub.hold[file])
         if self.command == "GET" and self.server.hub.cut.get(file, 0) > 0:
             self.server.hub.cut[file] -= 1
             return self.send(200, content, headers, cut=len(content) // 2)
@@ -308,3 +320,21 @@ def test_an_interrupted_download_is_resumed(hub, ask):
         assert file.read() == LARGE
     asked = [how for method, path, how in hub.log if method == "GET" and path.endswith("/model.safetensors")]
     assert asked == [None, f"bytes={10 << 20}-"]
+
+
+def test_a_node_fetches_each_file_once_whoever_asks(hub, ask):
+    """Ranks and replicas of one node, or of nodes that share a file system, share the cache and its locks."""
+    processes = 4
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    shards = {name: name.encode() + LARGE for name in index["weight_map"].values()}
+    add(hub, "org/m", {"model.safetensors.index.json": json.dumps(index).encode(), **shards})
+    hub.hold[next(iter(shards))] = 2 * processes  # each asks for the index, and then for the shards
+    with ThreadPoolExecutor(processes) as pool:
+        answers = set(pool.map(lambda _: ask("org/m", "weights"), range(processes)))
+    (answer,) = answers
+    folder = answer.removeprefix("OK ")
+    for name, content in shards.items():
+        with open(f"{folder}/{name}", "rb") as file:
+            assert file.read() == content
+    sent = Counter(path.rpartition("/")[2] for method, path, _ in hub.log if method == "GET" and "/resolve/" in path)
+    assert sent == {"config.json": 1, "model.safetensors.index.json": 1, **dict.fromkeys(shards, 1)}
