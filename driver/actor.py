@@ -23,6 +23,7 @@ from shoal.driver.draft import Plan, SchedulerLimits
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
 from shoal.driver.model_config import resolve_dtype
+from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest, FinishedRequest, Request, pack_results, unpack_results
 from shoal.driver.resolve import (
     CPU_DECODE_BURST,
@@ -99,7 +100,7 @@ class Driver:
         self._asleep: set[str] = set()  # "weights", "kv_cache"
         self._closing = False
         self._group: WorkerGroup
-        self._placed = False
+        self._placed, self._num_sharing = False, 1  # engines on its node
         self._stop_strings: StopStrings
         self._channel: StepChannel
         self._scheduler: Scheduler
@@ -108,12 +109,12 @@ class Driver:
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
-    def place(self) -> None:
+    def place(self, place: Place) -> None:
         """Get the ranks their places and their processes started; the model need not be known."""
-        config = self._config
+        config, self._num_sharing = self._config, place.num_sharing
         device = pick_device(config, ray.cluster_resources())
         sizes = config.tensor_parallel_size, config.pipeline_parallel_size
-        self._group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env)
+        self._group = WorkerGroup(sizes, device, config.placement_timeout_s, self._env, place.node_id)
         self._placed = True
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
@@ -133,7 +134,8 @@ class Driver:
     def _set_up(self, device: str, dtype: str, max_model_len: int) -> ResolvedConfig:
         config, group = self._config, self._group
         rows, tokens = resolve_budgets(config, max_model_len, group.probes)
-        threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
+        users = group.world_size * self._num_sharing
+        threads = max(1, group.probes[0]["num_cpus"] // users) if device == "cpu" else None
         worker = WorkerConfig(
             self._spec,
             self._load,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from shoal.driver.replicas import Place
+from shoal.driver.replica import Place
 from shoal.driver.resolve import pick_device
 
 if TYPE_CHECKING:

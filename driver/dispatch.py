@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from shoal.driver.routing import Routable, Router
 
 if TYPE_CHECKING:
-    from shoal.driver.request import FinishedRequest
+    from shoal.driver.params import SamplingParams
+    from shoal.driver.request import EngineRequest, FinishedRequest
 
 GROUP = 32  # sequences under suspicion that run together
 
@@ -37,6 +38,46 @@ class Item(Routable, Protocol):
     def tries(self) -> Tries: ...
     @property
     def results(self) -> dict[int, FinishedRequest]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Dispatched:
+    """One request on its way."""
+
+    request: EngineRequest
+    tries: Tries = field(default_factory=Tries)
+    results: dict[int, FinishedRequest] = field(default_factory=dict)
+    lane: int = -1  # the engine it is in
+
+    @property
+    def index(self) -> int:
+        """The client's number."""
+        return self.request.number
+
+    @property
+    def size(self) -> int:
+        """It is one sequence."""
+        return 1
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt."""
+        return self.request.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is sampled."""
+        return self.request.params
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps its prefixes apart from others'."""
+        return self.request.cache_salt
+
+    @property
+    def priority(self) -> int:
+        """Lower goes first."""
+        return self.request.priority
 
 
 ItemT = TypeVar("ItemT", bound=Item)
@@ -242,10 +283,10 @@ class Dispatcher(Generic[ItemT]):
                 self.router.add(work)
             waiting.clear()
 
-    def report(self, queued: Mapping[int, int]) -> None:
-        """How many sequences wait in each lane's engine, by its own count."""
+    def report(self, queued: Mapping[int, int | None]) -> None:
+        """How many sequences wait in each lane's engine, by its own count; None: it told nothing new."""
         for number, count in queued.items():
-            if number in self.lanes:
+            if number in self.lanes and count is not None:
                 self.lanes[number].queued = count
 
     def rebalance(self) -> Move[ItemT] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import ray
 from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 from shoal.driver.secrecy import is_secret
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
 _started_ray = False  # by this module, in this process
 _inherited_env: dict[str, str] = {}  # of those settings, what that Ray's processes got
-_num_engines = 0
+_num_users = 0  # engines that are up, and those who hold Ray
+_lock = threading.Lock()  # engines may start and end in threads
 
 
 def connect(address: str | None) -> None:
@@ -42,6 +45,24 @@ def connect(address: str | None) -> None:
     ray.init(address="local", include_dashboard=False, logging_level="WARNING")
     _started_ray = True
     _inherited_env.update(environment())
+
+
+def hold_ray(address: str | None) -> None:
+    """Connects, and keeps Ray until `release_ray`, whatever engines come and go meanwhile."""
+    connect(address)
+    _count_users(1)
+
+
+def release_ray() -> None:
+    """The end of what `hold_ray` began."""
+    _count_users(-1)
+    _stop_ray_if_last()
+
+
+def _count_users(by: int) -> None:
+    global _num_users
+    with _lock:
+        _num_users += by
 
 
 def environment() -> dict[str, str]:
@@ -64,15 +85,25 @@ class Engine:
     """One replica, seen from the client. Every method raises EngineDeadError once the replica is dead."""
 
     def __init__(self, driver: Any, resolved: ResolvedConfig) -> None:
-        global _num_engines
-        _num_engines += 1
+        _count_users(1)
         self._driver: Any = driver
         self._mark = 0
         self.resolved = resolved
 
     @classmethod
-    def start(cls, config: EngineConfig, get_model: Callable[[], tuple[ResolvedModel, Any, str | None]]) -> Engine:
-        """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
+    def start(
+        cls,
+        config: EngineConfig,
+        get_model: Callable[[], tuple[ResolvedModel, Any, str | None]],
+        place: Place | None = None,
+    ) -> Engine:
+        """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way.
+
+        `place`: where it is to go; None: where Ray finds room.
+        """
+        place = place or Place()
+        if place.timeout_s is not None:
+            config = config.model_copy(update={"placement_timeout_s": place.timeout_s})
         set_up_logging()
         connect(config.address)
         env = environment()
@@ -84,7 +115,7 @@ class Engine:
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
         driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(plain, processors, env)
         try:
-            placing = driver.place.remote()
+            placing = driver.place.remote(place)
             model, _, tokenizer_json = get_model()
             check_model_len(config, model.spec)
             ask(placing)
@@ -156,11 +187,10 @@ class Engine:
 
     def shutdown(self) -> None:
         """End driver and ranks, give their resources back; stop Ray if it was started here and no engine is left."""
-        global _num_engines
         if self._driver is None:
             return
         driver, self._driver = self._driver, None
-        _num_engines -= 1
+        _count_users(-1)
         if ray.is_initialized():
             with contextlib.suppress(ray.exceptions.RayError):  # a driver that died has nothing left to give back
                 ray.get(driver.shutdown.remote(), timeout=60)
@@ -170,7 +200,7 @@ class Engine:
 
 def _stop_ray_if_last() -> None:
     global _started_ray
-    if _started_ray and _num_engines == 0:
+    if _started_ray and _num_users == 0:
         ray.shutdown()
         _started_ray = False
         _inherited_env.clear()

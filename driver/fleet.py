@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from shoal.driver.dispatch import Dispatcher, Tries
-from shoal.driver.log import LOGGER
+from shoal.driver import engine as engines
+from shoal.driver.actor import EngineDeadError
+from shoal.driver.cluster import find_places
+from shoal.driver.config import check_count
+from shoal.driver.dispatch import Dispatched, Dispatcher
+from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import Metric, add_up
-from shoal.driver.replica import Down, News, Replica, Up
-from shoal.driver.replicas import Count, FindPlaces, NoEngineError, Replicas, StartAt, short
+from shoal.driver.replica import Down, News, Place, Replica, StartEngine, Up
+from shoal.driver.replicas import FindPlaces, NoEngineError, Replicas, short
 from shoal.driver.request import EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
-    from shoal.driver.config import EngineConfig
-    from shoal.driver.params import SamplingParams
+    from shoal.driver.config import Count, EngineConfig
+    from shoal.driver.model_config import ResolvedModel
     from shoal.driver.resolve import ResolvedConfig
 
 _TICK_S = 0.1
@@ -31,45 +36,7 @@ _SOLO_DEATHS = 3
 _MOST_DEATHS = 12  # of engines in a row, with no row finished in between
 _END_S = 60.0
 
-
-@dataclass(slots=True, eq=False)
-class Dispatched:
-    """One request on its way."""
-
-    request: EngineRequest
-    tries: Tries = field(default_factory=Tries)
-    results: dict[int, FinishedRequest] = field(default_factory=dict)
-    lane: int = -1  # the engine it is in
-
-    @property
-    def index(self) -> int:
-        """The client's number."""
-        return self.request.number
-
-    @property
-    def size(self) -> int:
-        """It is one sequence."""
-        return 1
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt."""
-        return self.request.prompt_token_ids
-
-    @property
-    def params(self) -> SamplingParams:
-        """How it is sampled."""
-        return self.request.params
-
-    @property
-    def cache_salt(self) -> str | None:
-        """What keeps its prefixes apart from others'."""
-        return self.request.cache_salt
-
-    @property
-    def priority(self) -> int:
-        """Lower goes first."""
-        return self.request.priority
+GetModel = Callable[[], tuple["ResolvedModel", Any, str | None]]
 
 
 @dataclass(slots=True)
@@ -86,8 +53,19 @@ class FleetNews:
 class Fleet:
     """The engines of one LLM. For one thread."""
 
-    def __init__(self, config: EngineConfig, count: Count, start: StartAt, find_places: FindPlaces) -> None:
-        """Starts engines side by side and waits until all are up; with "auto", until those are that can be."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        count: Count,
+        start: StartEngine,
+        find_places: FindPlaces,
+        on_end: Callable[[], None],
+    ) -> None:
+        """Starts engines side by side and waits until all are up; with "auto", until those are that can be.
+
+        `on_end` is called at the end of `shutdown`.
+        """
+        self._on_end = on_end
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._dispatcher: Dispatcher[Dispatched] = Dispatcher(
             _SOLO_DEATHS, config.block_size, config.enable_prefix_caching
@@ -104,7 +82,7 @@ class Fleet:
             while self._engines.starting or not self._ups:
                 self._take_news(_TICK_S)
         except BaseException:
-            self.shutdown()
+            self._end()
             raise
         self.resolved = min((one.engine.resolved for one in self._ups), key=lambda resolved: resolved.max_model_len)
 
@@ -232,11 +210,15 @@ class Fleet:
 
     def shutdown(self) -> None:
         """End all engines, and give their resources back."""
+        self._failure = self._failure or RuntimeError("the engines are shut down")
+        self._end()
+        self._on_end()
+
+    def _end(self) -> None:
         self._engines.stop()
         for replica in self._engines.join(_END_S):
             if replica.ended is None:
                 LOGGER.warning("replica %d had not ended after %.0f s", replica.number, _END_S)
-        self._failure = self._failure or RuntimeError("the engines are shut down")
 
     # ---- what engines say ------------------------------------------------------------------------------------------
 
@@ -321,7 +303,7 @@ class Fleet:
         except Exception as last:
             if not started:
                 raise
-            self._failure = _dead(last)
+            self._failure = EngineDeadError(f"the engines are dead: {last}")
 
     def _put_aside(self, sequence: Dispatched, error: Exception) -> None:
         tries = sequence.tries
@@ -336,7 +318,7 @@ class Fleet:
         if self._stopped:
             return
         dispatcher = self._dispatcher
-        dispatcher.report({one.number: one.num_waiting for one in self._ups})
+        dispatcher.report({one.number: one.take_report() for one in self._ups})
         for number in list(dispatcher.lanes):
             self._send(number, dispatcher.take(number))
         for number in dispatcher.share():
@@ -352,7 +334,23 @@ class Fleet:
             self._engines.alive[number].submit([sequence.request for sequence in sequences])
 
 
-def _dead(error: Exception) -> Exception:
-    from shoal.driver.actor import EngineDeadError
+def start_engines(config: EngineConfig, replicas: Count, get_model: GetModel) -> engines.Engine | Fleet:
+    """One engine, or several behind one. Raises ValueError, PlacementError and what else keeps them from starting."""
+    count = check_count(replicas)
+    if count == 1:
+        return engines.Engine.start(config, get_model)
+    pinned: dict[str, Any] = {}
 
-    return EngineDeadError(f"the engines are dead: {error}")
+    def start(place: Place | None = None) -> engines.Engine:
+        return engines.Engine.start(config.model_copy(update=pinned), get_model, place)
+
+    set_up_logging()
+    engines.hold_ray(config.address)
+    try:
+        fleet = Fleet(config, count, start, partial(find_places, config), engines.release_ray)
+    except BaseException:
+        engines.release_ray()
+        raise
+    if config.max_model_len == -1:  # who comes later must take what was accepted before
+        pinned["max_model_len"] = fleet.resolved.max_model_len
+    return fleet

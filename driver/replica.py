@@ -52,7 +52,20 @@ class EngineLike(Protocol):
         """Ends it and gives back what it holds; of a dead one, what is left."""
 
 
-StartEngine = Callable[[], EngineLike]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is to go."""
+
+    node_id: str | None = None  # None: where Ray finds room
+    num_sharing: int = 1  # engines that share the node's cores
+    timeout_s: float | None = None  # for placing; None: as configured
+
+
+class StartEngine(Protocol):
+    """Starts one engine, and waits until it is ready."""
+
+    def __call__(self, place: Place | None = None) -> EngineLike:
+        """`place`: None is wherever Ray finds room."""
 
 
 @dataclass(slots=True)
@@ -82,7 +95,9 @@ class Down:
 class Replica:
     """One engine's life, from its start to its end; after that, a new Replica."""
 
-    def __init__(self, number: int, start: StartEngine, inbox: SimpleQueue[Any], delay_s: float = 0.0) -> None:
+    def __init__(
+        self, number: int, start: Callable[[], EngineLike], inbox: SimpleQueue[Any], delay_s: float = 0.0
+    ) -> None:
         self.number = number
         self.session = uuid.uuid4().hex[:12]
         self.generated = 0  # tokens it made, as it last said
@@ -94,6 +109,7 @@ class Replica:
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self.is_up = False
+        self._report: int | None = None
         self.ended: Down | None = None
         self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
         self._thread.start()
@@ -112,6 +128,11 @@ class Replica:
         except Exception as error:  # the engine died; its thread tells of it
             self._failure = self._failure or error
             self._stop.set()
+
+    def take_report(self) -> int | None:
+        """Sequences that wait in it, where it has told since the last call: rows may have left it since an older word."""
+        report, self._report = self._report, None
+        return report
 
     def stop(self) -> None:
         """Asks it to end."""
@@ -154,6 +175,7 @@ class Replica:
             collected = self.engine.collect(POLL_S)
             self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
             self.kv_cache_usage = collected.kv_cache_usage
+            self._report = collected.num_waiting
             self.generated = collected.num_made_tokens
             if collected.finished:
                 self._inbox.put(News(self, collected))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from shoal.driver.log import LOGGER
-from shoal.driver.replica import Down, EngineLike, Replica
+from shoal.driver.replica import Down, Place, Replica, StartEngine
 
-Count = int | Literal["auto"]
+if TYPE_CHECKING:
+    from shoal.driver.config import Count
+
 LOOK_S = 3.0  # between looks at what the cluster has room for, where an engine is wanted
 RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
 MOST_FAILURES = 3  # starts that failed in a row, of one engine
@@ -24,16 +25,6 @@ _REST_S = 30.0  # before an engine that was given up is tried again, doubled eac
 _LATE_PLACEMENT_S = 10.0  # for an engine that is added where there was room a moment ago
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an engine is to go."""
-
-    node_id: str | None = None  # None: where Ray finds room
-    num_sharing: int = 1  # engines that share the node's cores
-    timeout_s: float | None = None  # for placing; None: as configured
-
-
-StartAt = Callable[[Place], EngineLike]
 FindPlaces = Callable[[int | None, list[Place]], list[Place]]
 """(how many are wanted, None: all there is room for; where the others are) -> places, on nodes that have room now.
 
@@ -44,24 +35,13 @@ class NoEngineError(RuntimeError):
     """No engine is left, and none could be started."""
 
 
-def check_count(value: Any) -> Count:
-    """A number of replicas, or "auto". ValueError for anything else."""
-    if value == "auto":
-        return "auto"
-    if isinstance(value, str) and value.strip().isdigit():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'replicas must be a number from 1 on, or "auto", got {value!r}')
-    return value
-
-
 class Replicas:
     """The engines of one job or one LLM. For one thread; `tick` several times a second."""
 
     def __init__(
         self,
         count: Count,
-        start: StartAt,
+        start: StartEngine,
         find_places: FindPlaces,
         inbox: SimpleQueue[Any],
         *,

@@ -131,14 +131,22 @@ class WorkerGroup:
     got never changes the order of ranks.
     """
 
-    def __init__(self, sizes: tuple[int, int], device: str, timeout_s: float, env: dict[str, str]) -> None:
-        """`sizes`: ranks of a stage (tensor_parallel_size), and stages (pipeline_parallel_size)."""
+    def __init__(
+        self, sizes: tuple[int, int], device: str, timeout_s: float, env: dict[str, str], node_id: str | None = None
+    ) -> None:
+        """`sizes`: ranks of a stage (tensor_parallel_size), and stages (pipeline_parallel_size). `node_id`: the one
+        node that may have them."""
         rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
         self.stage_size, self.num_stages = sizes
         self.world_size = self.stage_size * self.num_stages
         self.device = device
         stage_needs = {name: need * self.stage_size for name, need in rank_needs.items()}
-        self._group = placement_group([stage_needs] * self.num_stages, strategy="PACK")
+        selector = None if node_id is None else [{"ray.io/node-id": node_id}] * self.num_stages
+        self._group = placement_group(
+            [stage_needs] * self.num_stages,
+            strategy="PACK",
+            bundle_label_selector=selector,
+        )
         try:
             if not self._group.wait(timeout_s):
                 raise PlacementError(_what_is_missing(rank_needs, sizes, timeout_s, self._group))

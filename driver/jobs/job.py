@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.accounts import Accounts, Samples
@@ -182,7 +183,8 @@ class Job:
 
     def _work(self, same_job: bool) -> bool:
         """Answers what has no answer yet; False where it was stopped."""
-        from shoal.driver.engine import connect
+        from shoal.driver.cluster import find_places
+        from shoal.driver.engine import hold_ray, release_ray
 
         config = self._config
         recovered = recover(self._ledger, self._accounts, config.retry_errors)
@@ -192,7 +194,7 @@ class Job:
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
-        connect(config.engine.address)
+        hold_ray(config.engine.address)
         self._stop.listen()  # Ray takes SIGTERM for itself
         model = self._model.portable()
         template = config.prompt_template
@@ -204,12 +206,14 @@ class Job:
         intake = Intake(
             lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
         )
-        hooks = Hooks(self._model.starter(), self._make_tools, self._tick, self._settled)
+        places = partial(find_places, config.engine)
+        hooks = Hooks(self._model.starter(), places, self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         try:
             self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))
+            release_ray()
         self._committer.sync(force=True)
         return not self._stop.asked
 

@@ -17,7 +17,7 @@ from shoal.driver.resolve import check_model_len
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
     from shoal.driver.model_config import ResolvedModel
-    from shoal.driver.replica import EngineLike, StartEngine
+    from shoal.driver.replica import EngineLike, Place, StartEngine
 
 
 @dataclass(slots=True)
@@ -51,10 +51,10 @@ class RowModel:
     def starter(self) -> StartEngine:
         """Starts one engine of it."""
 
-        def start() -> EngineLike:
+        def start(place: Place | None = None) -> EngineLike:
             from shoal.driver.engine import Engine
 
-            return Engine.start(self.config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json))
+            return Engine.start(self.config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), place)
 
         return start
 

@@ -22,6 +22,7 @@ from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.log import LOGGER
 from shoal.driver.replica import Down, News, Replica, StartEngine, Up
+from shoal.driver.replicas import FindPlaces, Replicas, short
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.intake import Intake
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.1
 _CHUNKS_AHEAD = 4
-_MOST_BOOT_FAILURES = 3  # in a row, of one replica
 _FULL_RETRY_S = 1.0
-RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
 _PERCENT_FROM = 200  # rows read before a share of errors means anything
 
 
@@ -41,6 +40,7 @@ class Hooks:
     """What the runner calls."""
 
     start_engine: StartEngine
+    find_places: FindPlaces
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
     settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
@@ -77,18 +77,22 @@ class Runner:
             config.engine.block_size,
             by_prefix=config.replicas != 1 and config.engine.enable_prefix_caching,
         )
-        self.replicas: dict[int, Replica] = {}
+        self._engines = Replicas(config.replicas, hooks.start_engine, hooks.find_places, self._inbox)
         self._offer = tools
         self._tools: ModelTools | None = None
         self._feeder = Feeder(intake, tools, self._inbox)
         self._sent: dict[int, _Sent] = {}
         self._next_number = 0
         self._deaths_in_a_row = 0
-        self._boot_failures: dict[int, int] = {}
         self._exhausted = False
         self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory only
         self._full_since = 0.0
         self._drained = False
+
+    @property
+    def replicas(self) -> dict[int, Replica]:
+        """Engines, by number."""
+        return self._engines.alive
 
     def run(self) -> None:
         """Until all rows are settled and durable, or a stop was obeyed. JobError where it cannot go on."""
@@ -100,14 +104,11 @@ class Runner:
                 self._observe()
         finally:
             self._feeder.stop()
-            for replica in self.replicas.values():
-                replica.stop()
+            self._engines.stop()
 
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
-        deadline = time.monotonic() + timeout_s
-        for replica in self.replicas.values():
-            replica.join(max(0.0, deadline - time.monotonic()))
+        for replica in self._engines.join(timeout_s):
             self._committer.made(replica.session, self._made(replica))
 
     def _ended(self) -> bool:
@@ -162,8 +163,7 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            for number in range(self._config.replicas):
-                self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+            self._begin_engines()
         else:
             assert isinstance(event, Exhausted)
             if event.error is not None:
@@ -197,7 +197,7 @@ class Runner:
         self._check_errors()
 
     def _on_up(self, replica: Replica) -> None:
-        self._boot_failures.pop(replica.number, None)
+        self._engines.came_up(replica)
         if self._stop.asked:
             return
         if self._tools is None:
@@ -213,12 +213,13 @@ class Runner:
         if error is None or self._stop.due:
             return
         if not event.booted:
-            self._on_failed_boot(replica, error)
+            self._accounts.boot_failures += 1
+            self._replace(event, error)
             return
         self._accounts.engine_deaths += 1
         self._deaths_in_a_row += 1
         verdict = self._dispatcher.died(replica.number)
-        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), _short(error))
+        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), short(error))
         self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
         for work, alone in verdict.tried:
             self._committer.tried(work, alone)
@@ -229,16 +230,31 @@ class Runner:
             raise JobError(
                 Exit.FAILED,
                 f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
-                f"{self._config.max_restarts}); the last time: {_short(error)}",
+                f"{self._config.max_restarts}); the last time: {short(error)}",
             )
-        if not self._stop.asked:
-            self.replicas[replica.number] = Replica(replica.number, self._hooks.start_engine, self._inbox)
+        self._replace(event, error)
+
+    def _begin_engines(self) -> None:
+        try:
+            self._engines.begin()
+        except ValueError as error:
+            raise JobError(Exit.USAGE, str(error)) from None
+
+    def _replace(self, event: Down, error: Exception) -> None:
+        if self._stop.asked:
+            return
+        try:
+            self._engines.went_down(event, error)
+        except (ValueError, TypeError) as wrong:  # the user's: trying again changes nothing
+            raise JobError(Exit.USAGE, str(wrong)) from None
+        except RuntimeError as lack:
+            raise JobError(Exit.FAILED, str(lack)) from None
 
     def _put_aside(self, work: Work, error: BaseException) -> None:
         tries = work.tries
         message = (
             f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {_short(error)}"
+            f"the last time: {short(error)}"
         )
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
         self._committer.error(work, Fault("engine_killed", "engine", message))
@@ -246,25 +262,6 @@ class Runner:
         self._unsynced.append(work.index)
         self._accounts.quarantined += 1
         self._check_errors()
-
-    def _on_failed_boot(self, replica: Replica, error: BaseException) -> None:
-        from shoal.driver.worker_group import PlacementError
-
-        self._accounts.boot_failures += 1
-        if isinstance(error, (ValueError, TypeError)):  # the user's: trying again changes nothing
-            raise JobError(Exit.USAGE, str(error))
-        if isinstance(error, PlacementError) and self._tools is None:
-            raise JobError(Exit.FAILED, str(error))
-        failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
-        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, _short(error))
-        if failures < _MOST_BOOT_FAILURES:
-            start = self._hooks.start_engine
-            self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
-            return
-        del self.replicas[replica.number]
-        if not self.replicas:
-            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {_short(error)}")
-        LOGGER.warning("going on with %d of %d replicas", len(self.replicas), self._config.replicas)
 
     def _check_errors(self) -> None:
         accounts = self._accounts
@@ -285,7 +282,9 @@ class Runner:
     def _feed(self) -> None:
         if self._stop.asked or self._full_since:
             return
-        self._dispatcher.report({n: replica.num_waiting for n, replica in self.replicas.items()})
+        self._dispatcher.report({n: replica.take_report() for n, replica in self.replicas.items()})
+        if self._dispatcher.num_waiting:
+            self._engines.tick()
         window = sum(lane.window for lane in self._dispatcher.lanes.values())
         if self._dispatcher.num_fresh < 512 + window // 2:
             self._feeder.allow(_CHUNKS_AHEAD)
@@ -358,10 +357,3 @@ class Runner:
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)
-
-
-def _short(error: BaseException) -> str:
-    """An error in one line: a rank's whole traceback is in the log already."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
-    return f"{type(error).__name__}: {text}"[:500]

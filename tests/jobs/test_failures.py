@@ -172,7 +172,7 @@ def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr("shoal.driver.engine.Engine.start", broken)
-    monkeypatch.setattr("shoal.driver.jobs.runner.RETRY_S", 0.05)
+    monkeypatch.setattr("shoal.driver.replicas.RETRY_S", 0.05)
     ran = run(write_rows(ROWS))
     assert ran.code == Exit.FAILED
     assert ran.status()["message"] == "no engine could be started; the last time: RuntimeError: no such luck"
