@@ -289,7 +289,7 @@ class LLM:
     ) -> list[Any]:
         """Calls a worker's method by name, or a function of the worker, on every rank between steps.
 
-        Results by rank, replica by replica; later replicas miss it. TimeoutError after `timeout` s; raises ranks' errors.
+        Results by rank, replica by replica; later ones miss it. TimeoutError after `timeout` s; raises ranks' errors.
         """
         return self._require_open().call_workers(method, timeout, tuple(args), dict(kwargs or {}))
 

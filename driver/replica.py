@@ -130,7 +130,7 @@ class Replica:
             self._stop.set()
 
     def take_report(self) -> int | None:
-        """Sequences that wait in it, where it has told since the last call: rows may have left it since an older word."""
+        """Sequences that wait in it, if it has told since the last call: rows may have left it since."""
         report, self._report = self._report, None
         return report
 
