@@ -139,6 +139,12 @@ class Binder:
         """Key of a sequence's random stream."""
         return stream_key(self._seed, row_key, sample, seed)
 
+    def room(self, row: Row) -> int:
+        """Tokens that each of the row's sequences may get."""
+        room = self._max_model_len - len(row.token_ids)
+        asked = row.bound.params.max_tokens
+        return room if asked is None else min(asked, room)
+
     def check_length(self, row: Row) -> None:
         """Raises ValueError where `max_tokens=None` leaves less than min_tokens."""
         params, room = row.bound.params, self._max_model_len - len(row.token_ids)

@@ -168,6 +168,12 @@ class KVCacheManager:
         request.block_table = []
         request.num_hashed_blocks = 0
 
+    def emptied(self, num_blocks: int) -> KVCacheManager:
+        """A new cache of so many blocks, with nothing in it; counts go on."""
+        new = KVCacheManager(num_blocks, self.block_size, self.enable_prefix_caching)
+        new.num_queried_tokens, new.num_hit_tokens = self.num_queried_tokens, self.num_hit_tokens
+        return new
+
     def reset(self) -> bool:
         """Forget all prefixes; False, with nothing changed, while any block is held."""
         if self.pool.num_used:

@@ -151,10 +151,25 @@ class EngineConfig(BaseModel):
     step_channel: Literal["auto", "socket", "ray"] = "auto"
     """How plans travel: a socket each rank (auto), or plain actor calls."""
     placement_timeout_s: float = Field(default=30.0, gt=0)
-    """How long to wait for the cluster to place the ranks before saying what is missing."""
+    """How long to wait for the cluster to place the ranks before saying what is missing; 10 seconds at most for what
+    its nodes could not hold if they were empty."""
+    wait_for_nodes: bool = False
+    """The cluster may grow (autoscaling): wait all of placement_timeout_s, also for what its nodes cannot hold now."""
+    tensor_parallel_across_nodes: bool = False
+    """Let the tensor-parallel ranks of a stage be on several nodes, where one has no place for all of them."""
+    step_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds after which a step that does not end counts as the ranks' death (four times that for the first steps of
+    new ranks, which compile)."""
+    max_rank_restarts: int = Field(default=10, ge=0)
+    """Times in a row, with no request finished in between, that dead ranks, or a dead driver, are made anew; then the
+    engine is dead."""
+    restart_backoff_s: float = Field(default=0.5, ge=0)
+    """Wait before the second restart in a row; doubled each time, up to 30 seconds."""
+    max_solo_deaths: int = Field(default=3, ge=1)
+    """Times the ranks must die with a request alone in them before that request ends with an error."""
 
     disable_log_stats: bool = False
-    """True: no metrics in outputs, get_metrics() refuses."""
+    """True: no metrics in outputs nor for Prometheus, get_metrics() refuses."""
     use_tqdm_on_load: bool = True
     """A bar while weights load."""
 

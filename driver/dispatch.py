@@ -25,10 +25,27 @@ GROUP = 32  # sequences under suspicion that run together
 
 @dataclass(slots=True)
 class Tries:
-    """How often an engine died with a row in it."""
+    """How often an engine died with a row in it. Deaths of ranks that the engine outlived are counted apart: it keeps
+    rows that may have killed them from the others by itself."""
 
     in_company: int = 0
     alone: int = 0
+    ranks_in_company: int = 0
+    ranks_alone: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.in_company + self.alone + self.ranks_in_company + self.ranks_alone
+
+    def add(self, alone: bool, of_ranks: bool) -> None:
+        """One more."""
+        if of_ranks:
+            self.ranks_alone += alone
+            self.ranks_in_company += not alone
+        else:
+            self.alone += alone
+            self.in_company += not alone
 
 
 class Item(Routable, Protocol):

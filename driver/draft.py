@@ -26,6 +26,17 @@ class SchedulerLimits:
     use_priority: bool = False
     num_lanes: int = 1  # groups of rows that take turns, one a plan: as many as there are pipeline stages
 
+    def refusal(self, num_tokens: int) -> str | None:
+        """Why a prompt of so many tokens can never run, if that is so."""
+        capacity = self.num_blocks * self.block_size
+        if num_tokens <= capacity:
+            return None
+        return (
+            f"The prompt ({num_tokens} tokens) cannot fit the KV cache of {capacity} tokens ({self.num_blocks} blocks "
+            f"of {self.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
+            "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
+        )
+
 
 @dataclass(slots=True)
 class Plan:
@@ -33,6 +44,11 @@ class Plan:
 
     output: SchedulerOutput
     requests: list[Request]
+
+    def forget(self) -> None:
+        """Its results will never come, nor those of other plans of its requests."""
+        for request in self.requests:
+            request.num_plans_inflight = request.num_inflight_tokens = 0
 
 
 @dataclass(slots=True)

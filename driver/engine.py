@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import ray
 
 from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
+from shoal.driver.healing import EngineDeadError, Restarts
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 from shoal.driver.secrecy import is_secret
+from shoal.driver.worker_group import end_actor
 
 if TYPE_CHECKING:
     from shoal.driver.metrics import Metric
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 # Settings of the user's environment that the ranks' processes need, wherever they run.
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+DRIVER_SILENT_S = 120.0  # a driver that has not answered this long is stopped, or its node is
+GetModel = Callable[[], tuple["ResolvedModel", Any, str | None]]
 _started_ray = False  # by this module, in this process
 _inherited_env: dict[str, str] = {}  # of those settings, what that Ray's processes got
 _num_users = 0  # engines that are up, and those who hold Ray
@@ -70,10 +75,10 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_ENV_PREFIXES) and not is_secret(name)}
 
 
-def ask(reference: Any) -> Any:
+def ask(reference: Any, timeout: float | None = None) -> Any:
     """`ray.get`, with the driver's own exception in place of Ray's wrapping of it."""
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=timeout)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
         if isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
@@ -82,30 +87,48 @@ def ask(reference: Any) -> Any:
 
 
 class Engine:
-    """One replica, seen from the client. Every method raises EngineDeadError once the replica is dead."""
+    """One replica, seen from the client. Every method raises EngineDeadError once the replica is dead.
 
-    def __init__(self, driver: Any, resolved: ResolvedConfig) -> None:
-        _count_users(1)
-        self._driver: Any = driver
+    A driver whose process dies or freezes is replaced by a new one, which gets the requests whose results had not come;
+    after too many in a row, or with `revives=False`, the error is raised.
+    """
+
+    def __init__(self, config: EngineConfig, get_model: GetModel, revives: bool, place: Place) -> None:
+        self._config, self._get_model, self._revives = config, get_model, revives
+        self._restarts = Restarts(config.max_rank_restarts, config.restart_backoff_s)
+        self._pending: dict[int, EngineRequest] = {}  # what the driver has and has not given back
         self._mark = 0
-        self.resolved = resolved
+        self._driver: Any
+        self._process: dict[str, Any]
+        self._place = place
+        self._create()
+        _count_users(1)
 
     @classmethod
     def start(
         cls,
         config: EngineConfig,
-        get_model: Callable[[], tuple[ResolvedModel, Any, str | None]],
+        get_model: GetModel,
+        revives: bool = True,
         place: Place | None = None,
     ) -> Engine:
         """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way.
 
-        `place`: where it is to go; None: where Ray finds room.
+        `place`: where it is to go at first; None: where Ray finds room.
         """
         place = place or Place()
         if place.timeout_s is not None:
             config = config.model_copy(update={"placement_timeout_s": place.timeout_s})
         set_up_logging()
         connect(config.address)
+        try:
+            return cls(config, get_model, revives, place)
+        except BaseException:
+            _stop_ray_if_last()
+            raise
+
+    def _create(self) -> None:
+        config = self._config
         env = environment()
         if env == _inherited_env:
             env = {}  # every process of this Ray has it already, and Ray starts processes faster without
@@ -113,21 +136,24 @@ class Engine:
         processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
         # The hub's token goes to the ranks in LoadConfig, and nowhere else.
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
-        driver = RemoteDriver.options(runtime_env={"env_vars": env} if env else None).remote(plain, processors, env)
+        driver = RemoteDriver.options(
+            runtime_env={"env_vars": env} if env else None,
+            scheduling_strategy="DEFAULT",  # else a placement group of the caller's would take it in, and end with it
+        ).remote(plain, processors, env)
         try:
-            placing = driver.place.remote(place)
-            model, _, tokenizer_json = get_model()
+            placing = driver.place.remote(self._place)
+            model, _, tokenizer_json = self._get_model()
             check_model_len(config, model.spec)
-            ask(placing)
-            resolved = ask(driver.start.remote(model.spec, model.load, tokenizer_json))
+            self._process = ask(placing)
+            self.resolved: ResolvedConfig = ask(driver.start.remote(model.spec, model.load, tokenizer_json))
         except BaseException:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(driver.shutdown.remote(), timeout=10)
             ray.kill(driver)
-            _stop_ray_if_last()
             raise
-        LOGGER.info("%s: %s", config.model, resolved)
-        return cls(driver, resolved)
+        self._driver, self._mark = driver, 0
+        self._place = Place(None, self._place.num_sharing)  # a later one goes where there is room
+        LOGGER.info("%s: %s", config.model, self.resolved)
 
     @property
     def window(self) -> int:
@@ -141,18 +167,56 @@ class Engine:
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
-        ask(self._driver.submit.remote(RequestBatch(requests)))
+        self._pending.update((request.number, request) for request in requests)
+        try:
+            ask(self._driver.submit.remote(RequestBatch(requests)))
+        except ray.exceptions.RayActorError as error:
+            self._revive(error)
 
     def collect(self, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds."""
-        collected: Collected = ask(self._driver.collect.remote(self._mark, timeout))
+        try:
+            collected: Collected = ask(self._driver.collect.remote(self._mark, timeout), timeout + DRIVER_SILENT_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            self._revive(error)
+            return Collected()
         self._mark = collected.mark
+        for death in collected.deaths:
+            for number, alone in death.tried:
+                if number in self._pending:
+                    self._pending[number].num_solo_deaths += alone
+        for result in collected.finished:
+            self._pending.pop(result.number, None)
+            self._restarts.progress()
         return collected
 
     def abort(self, numbers: list[int]) -> None:
         """End these requests; none of them comes out of a later `collect`."""
-        if numbers:
-            ask(self._driver.abort.remote(numbers))
+        for number in numbers:
+            self._pending.pop(number, None)
+        try:
+            if numbers:
+                ask(self._driver.abort.remote(numbers))
+        except ray.exceptions.RayActorError as error:
+            self._revive(error)
+
+    def _revive(self, error: Exception) -> None:
+        """A new driver with the requests that the dead one had; what that one may still do reaches nobody."""
+        if not self._revives:
+            raise error
+        reason = f"the driver (pid {self._process['pid']} on {self._process['node_ip']}) died: {error}"
+        while (wait := self._restarts.next_wait()) is not None:
+            LOGGER.error("%s; starting another", reason)
+            end_actor(self._driver, self._process)
+            time.sleep(wait)
+            try:
+                self._create()
+                if self._pending:
+                    ask(self._driver.submit.remote(RequestBatch(self._pending.values())))
+                return
+            except (ray.exceptions.RayError, RuntimeError) as again:
+                reason = f"starting another driver failed: {type(again).__name__}: {again}"
+        raise EngineDeadError(self._restarts.refusal("the driver", reason)) from error
 
     def call_workers(
         self, method: str | Callable[..., Any], timeout: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]

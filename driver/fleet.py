@@ -15,19 +15,19 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver import engine as engines
-from shoal.driver.actor import EngineDeadError
 from shoal.driver.cluster import find_places
 from shoal.driver.config import check_count
 from shoal.driver.dispatch import Dispatched, Dispatcher
+from shoal.driver.healing import EngineDeadError
+from shoal.driver.jobs.outcome import brief_error
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import Metric, add_up
 from shoal.driver.replica import Down, News, Place, Replica, StartEngine, Up
-from shoal.driver.replicas import FindPlaces, NoEngineError, Replicas, short
+from shoal.driver.replicas import FindPlaces, NoEngineError, Replicas
 from shoal.driver.request import EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
     from shoal.driver.config import Count, EngineConfig
-    from shoal.driver.model_config import ResolvedModel
     from shoal.driver.resolve import ResolvedConfig
 
 _TICK_S = 0.1
@@ -35,8 +35,6 @@ _AHEAD = 256  # sequences for each engine that wait here, so that there is a cho
 _SOLO_DEATHS = 3
 _MOST_DEATHS = 12  # of engines in a row, with no row finished in between
 _END_S = 60.0
-
-GetModel = Callable[[], tuple["ResolvedModel", Any, str | None]]
 
 
 @dataclass(slots=True)
@@ -297,7 +295,7 @@ class Fleet:
             if self._deaths_in_a_row > _MOST_DEATHS:
                 raise NoEngineError(
                     f"engines died {self._deaths_in_a_row} times with no row finished in between; the last time: "
-                    f"{short(error)}"
+                    f"{brief_error(error)}"
                 )
             self._engines.went_down(event, error)
         except Exception as last:
@@ -309,7 +307,7 @@ class Fleet:
         tries = sequence.tries
         message = (
             f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {short(error)}"
+            f"the last time: {brief_error(error)}"
         )
         del self._sequences[sequence.index]
         self._finished.append(FinishedRequest(sequence.index, [], "error", error=message))
@@ -334,7 +332,7 @@ class Fleet:
             self._engines.alive[number].submit([sequence.request for sequence in sequences])
 
 
-def start_engines(config: EngineConfig, replicas: Count, get_model: GetModel) -> engines.Engine | Fleet:
+def start_engines(config: EngineConfig, replicas: Count, get_model: engines.GetModel) -> engines.Engine | Fleet:
     """One engine, or several behind one. Raises ValueError, PlacementError and what else keeps them from starting."""
     count = check_count(replicas)
     if count == 1:
@@ -342,7 +340,7 @@ def start_engines(config: EngineConfig, replicas: Count, get_model: GetModel) ->
     pinned: dict[str, Any] = {}
 
     def start(place: Place | None = None) -> engines.Engine:
-        return engines.Engine.start(config.model_copy(update=pinned), get_model, place)
+        return engines.Engine.start(config.model_copy(update=pinned), get_model, revives=False, place=place)
 
     set_up_logging()
     engines.hold_ray(config.address)

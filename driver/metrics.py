@@ -115,7 +115,11 @@ class EngineMetrics:
         self._first_token.add(stats.first_token_latency)
         self._queue.add(stats.scheduled_ts - stats.arrival_time)
 
-    def read(self, scheduler: Scheduler) -> list[Metric]:
+    def finish_reasons(self) -> dict[str, int]:
+        """How many requests ended in each way."""
+        return dict(self._reasons)
+
+    def read(self, scheduler: Scheduler, num_restarts: int = 0) -> list[Metric]:
         """Everything, as of now."""
         stats, kv = scheduler.stats, scheduler.kv
         metrics: list[Metric] = [
@@ -130,6 +134,7 @@ class EngineMetrics:
             Counter("shoal:prompt_tokens_cached", stats.num_cached_prompt_tokens),
             Counter("shoal:generation_tokens", stats.num_generation_tokens),
             Counter("shoal:wasted_tokens", stats.num_wasted_tokens),
+            Counter("shoal:engine_restarts", num_restarts),
             Counter("shoal:engine_steps", stats.num_steps),
             Counter("shoal:engine_row_steps", stats.num_row_steps),
         ]

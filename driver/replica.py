@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 
 from shoal.driver.log import LOGGER
-from shoal.driver.request import EngineRequest, FinishedRequest
+from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
@@ -29,6 +29,8 @@ class Collected(Protocol):
     num_waiting: int
     kv_cache_usage: float
     num_made_tokens: int
+    num_preemptions: int
+    deaths: list[Death]
 
 
 class EngineLike(Protocol):
@@ -102,7 +104,7 @@ class Replica:
         self.session = uuid.uuid4().hex[:12]
         self.generated = 0  # tokens it made, as it last said
         self.received = 0  # tokens that came from it, in results
-        self.num_running = self.num_waiting = 0
+        self.num_running = self.num_waiting = self.num_preemptions = 0
         self.kv_cache_usage = 0.0
         self.engine: EngineLike
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
@@ -177,5 +179,6 @@ class Replica:
             self.kv_cache_usage = collected.kv_cache_usage
             self._report = collected.num_waiting
             self.generated = collected.num_made_tokens
-            if collected.finished:
+            self.num_preemptions = collected.num_preemptions
+            if collected.finished or collected.deaths:
                 self._inbox.put(News(self, collected))

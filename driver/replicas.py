@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from shoal.driver.jobs.outcome import brief_error
 from shoal.driver.log import LOGGER
 from shoal.driver.replica import Down, Place, Replica, StartEngine
 
@@ -102,12 +103,12 @@ class Replicas:
             raise error
         self._failures += 1
         failures = self._failed[number] = self._failed.get(number, 0) + 1
-        LOGGER.warning("replica %d did not start (%d in a row): %s", number, failures, short(error))
+        LOGGER.warning("replica %d did not start (%d in a row): %s", number, failures, brief_error(error))
         if failures < MOST_FAILURES and not (others and _cannot_be_placed(error)):
             self._launch(number, place, RETRY_S * 2**failures)
             return
         if not others:
-            raise NoEngineError(f"no engine could be started; the last time: {short(error)}")
+            raise NoEngineError(f"no engine could be started; the last time: {brief_error(error)}")
         self._drop(number, min(600.0, _REST_S * 2 ** min(5, self._failures)))
         wanted = "as many replicas as fit" if self.count == "auto" else f"{self.count} replicas"
         LOGGER.warning("going on with %d of %s", len(self.alive), wanted)
@@ -121,7 +122,7 @@ class Replicas:
             try:
                 places = looking.result()
             except Exception as error:  # the cluster is out of reach, or cannot hold one any more: engines go on
-                LOGGER.warning("could not see what the cluster has room for: %s", short(error))
+                LOGGER.warning("could not see what the cluster has room for: %s", brief_error(error))
                 return
             for place in places[: self._num_missing()]:
                 if place.node_id is not None:
@@ -165,13 +166,6 @@ class Replicas:
 
 
 def _cannot_be_placed(error: Exception) -> bool:
-    from shoal.driver.worker_group import PlacementError
+    from shoal.driver.placement import PlacementError
 
     return isinstance(error, PlacementError)
-
-
-def short(error: BaseException) -> str:
-    """An error in one line: a rank's whole traceback is in the log already."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else "")
-    return f"{type(error).__name__}: {text}"[:500]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from shoal.workers.plan import RowSampling, TokenLogprobs
+from shoal.workers.plan import RowSampling, TokenLogprobs, concat_logprobs
 
 if TYPE_CHECKING:
     from shoal.driver.params import SamplingParams
@@ -27,6 +28,7 @@ class EngineRequest:
     priority: int = 0  # lower runs first, under scheduling_policy="priority"
     cache_salt: str | None = None
     arrival_time: float = 0.0  # time.time() when the client made it
+    num_solo_deaths: int = 0  # times that ranks died with it alone, before this driver
 
     def row_sampling(self) -> RowSampling:
         """What the ranks' sampler needs of it."""
@@ -79,10 +81,28 @@ class FinishedRequest:
     stop_reason: int | str | None = None
     stop_text: str | None = None  # set when a stop string ended it: its text, cut as include_stop_str_in_output says
     error: str | None = None  # with finish_reason "error"
+    error_code: str | None = None  # with finish_reason "error": "engine_killed", "out_of_memory", or None
     num_cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None  # one entry a generated token
     prompt_logprobs: TokenLogprobs | None = None  # one entry for each prompt token but the first
     metrics: RequestStateStats | None = None
+
+
+@dataclass(slots=True)
+class Death:
+    """The ranks died, and what that means for the requests in their plans."""
+
+    reason: str
+    tried: list[tuple[int, bool]] = field(default_factory=list)  # request number, whether it was alone
+    guilty: list[int] = field(default_factory=list)  # ended with an error; the others are cleared by it
+
+
+class Trust(enum.IntEnum):
+    """In what company a request may run."""
+
+    FREE = 0
+    GROUP = 1
+    ALONE = 2
 
 
 class RequestBatch(list[EngineRequest]):
@@ -104,7 +124,9 @@ class RequestBatch(list[EngineRequest]):
 
 
 _SHARED_FIELDS = attrgetter("params", "stop_ids", "eos_ids", "bad_words")
-_OWN_FIELDS = attrgetter("number", "prompt_token_ids", "stream", "priority", "cache_salt", "arrival_time")
+_OWN_FIELDS = attrgetter(
+    "number", "prompt_token_ids", "stream", "priority", "cache_salt", "arrival_time", "num_solo_deaths"
+)
 
 
 def _unpack_requests(kinds: list[tuple[Any, ...]], rows: list[tuple[int, tuple[Any, ...]]]) -> list[EngineRequest]:
@@ -115,8 +137,8 @@ def _unpack_requests(kinds: list[tuple[Any, ...]], rows: list[tuple[int, tuple[A
 
 
 _RESULT_FIELDS = attrgetter(
-    "number", "token_ids", "finish_reason", "stop_reason", "stop_text", "error", "num_cached_tokens", "logprobs",
-    "prompt_logprobs",
+    "number", "token_ids", "finish_reason", "stop_reason", "stop_text", "error", "error_code", "num_cached_tokens",
+    "logprobs", "prompt_logprobs",
 )  # fmt: skip
 _STATS_FIELDS = attrgetter(*RequestStateStats.__slots__)
 
@@ -164,12 +186,33 @@ class Request:
     num_granted_blocks: int = 0  # leading blocks of the table that the ranks know of
     num_hashed_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
+    trust: Trust = Trust.FREE
+    trusted_from: int = 0  # tokens at which it is past the place where the ranks died
+    num_company_deaths: int = 0
+    num_solo_deaths: int = 0
     finish_reason: str | None = None
+    error_code: str | None = None
     stop_reason: int | str | None = None
     stop_text: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by position of the first predicted token
     stats: RequestStateStats = field(default_factory=RequestStateStats)
+
+    @classmethod
+    def begin(cls, source: EngineRequest, max_model_len: int) -> Request:
+        """A request as it comes in."""
+        prompt, max_tokens = source.prompt_token_ids, source.params.max_tokens
+        assert prompt
+        assert max_tokens is not None
+        return cls(
+            source,
+            list(prompt),
+            len(prompt),
+            min(len(prompt) + max_tokens, max_model_len),
+            frozenset(source.stop_ids),
+            num_solo_deaths=source.num_solo_deaths,
+            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -185,3 +228,22 @@ class Request:
     def finished(self) -> bool:
         """True once it has its finish_reason; its blocks may still be held by plans in flight."""
         return self.finish_reason is not None
+
+
+def finished_request(request: Request) -> FinishedRequest:
+    """What the client gets of a request."""
+    failed = request.finish_reason == "error"
+    prompt_parts = [request.prompt_logprobs[start] for start in sorted(request.prompt_logprobs)]
+    return FinishedRequest(
+        number=request.source.number,
+        token_ids=request.token_ids[request.num_prompt_tokens :],
+        finish_reason=request.finish_reason or "error",
+        stop_reason=request.stop_reason,
+        stop_text=None if failed else request.stop_text,
+        error=request.stop_text if failed else None,
+        error_code=request.error_code,
+        num_cached_tokens=request.num_cached_tokens,
+        logprobs=concat_logprobs(request.logprobs) if request.logprobs else None,
+        prompt_logprobs=concat_logprobs(prompt_parts) if prompt_parts else None,
+        metrics=request.stats,
+    )

@@ -79,7 +79,7 @@ def pick_device(config: EngineConfig, resources: dict[str, float]) -> str:
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return "cpu"
     tensor, stages = config.tensor_parallel_size, config.pipeline_parallel_size
-    if gpus < tensor * stages:
+    if gpus < tensor * stages and not (config.wait_for_nodes and config.device == "cuda"):
         asked = f"tensor_parallel_size={tensor}" + (f", pipeline_parallel_size={stages}" if stages > 1 else "")
         raise ValueError(
             f"{asked} needs {tensor * stages} GPU(s); the Ray cluster has {gpus}. "

@@ -7,15 +7,17 @@ that plans in flight will sample count as `num_inflight_tokens`, and nothing a p
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
-from shoal.driver.request import EngineRequest, Request, RequestStateStats, RequestStatus
+from shoal.driver.request import EngineRequest, Request, RequestStatus
+from shoal.driver.suspects import Suspects
+from shoal.driver.waiting import WaitingQueue
 from shoal.workers.plan import NewRow, StepOutput, TokenLogprobs
 
 # StopCheck(request, token) -> whether a stop string ended it; it then has set stop_reason and stop_text.
@@ -25,14 +27,15 @@ StopCheck = Callable[[Request, int], bool]
 class Scheduler:
     """Queue, running rows and their blocks. One thread calls it."""
 
-    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None) -> None:
+    def __init__(self, limits: SchedulerLimits, stop_check: StopCheck | None = None, solo_deaths: int = 3) -> None:
         self.limits = limits
+        self.suspects = Suspects(solo_deaths)
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size, limits.enable_prefix_caching)
         self.stats = SchedulerStats()
         self.running: list[Request] = []  # in order of admission
         self.num_plans_inflight = 0
         self._stop_check = stop_check
-        self._waiting: list[tuple[int, int, Request]] = []  # heap; ended requests are skipped when met
+        self._waiting = WaitingQueue(limits.use_priority, self.suspects)
         self._requests: dict[int, Request] = {}
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._ended: list[Request] = []  # ended outside update(): aborted, refused, alone and out of blocks
@@ -47,32 +50,18 @@ class Scheduler:
         """Queue a request. One whose prompt can never fit the cache ends at once, with finish_reason "error"."""
         limits = self.limits
         prompt = source.prompt_token_ids
-        assert prompt
-        assert source.params.max_tokens is not None
-        request = Request(
-            source,
-            list(prompt),
-            len(prompt),
-            min(len(prompt) + source.params.max_tokens, limits.max_model_len),
-            frozenset(source.stop_ids),
-            stats=RequestStateStats(arrival_time=source.arrival_time, queued_ts=time.time()),
-        )
-        capacity = limits.num_blocks * limits.block_size
-        if len(prompt) > capacity:
-            request.finish_reason = "error"
-            request.stop_text = (
-                f"The prompt ({len(prompt)} tokens) cannot fit the KV cache of {capacity} tokens ({limits.num_blocks} "
-                f"blocks of {limits.block_size}): the longest prompt that fits has {capacity} tokens. Enlarge it "
-                "(gpu_memory_utilization, kv_cache_memory_bytes, VLLM_CPU_KVCACHE_SPACE, num_gpu_blocks_override)."
-            )
-            request.status = RequestStatus.FINISHED
+        request = Request.begin(source, limits.max_model_len)
+        request.stop_text = limits.refusal(len(prompt))
+        if request.stop_text is not None:
+            request.finish_reason, request.status = "error", RequestStatus.FINISHED
             self._ended.append(request)
             return request
         assert len(prompt) < request.max_total_tokens
         self._requests[source.number] = request
         self.stats.num_prompt_tokens += len(prompt)
         self.stats.max_unfinished = max(self.stats.max_unfinished, len(self._requests))
-        self._push(request)
+        self.suspects.enter(request)
+        self._waiting.push(request)
         return request
 
     def abort(self, numbers: Iterable[int]) -> None:
@@ -88,6 +77,29 @@ class Scheduler:
         assert not self.num_plans_inflight
         for request in list(self.running):
             self._preempt(request)
+
+    def lose_ranks(self, plans: Iterable[Plan]) -> None:
+        """Ranks and KV are gone, with the plans in flight. Tokens are kept; every request goes back to the queue."""
+        self.num_plans_inflight, self._drain = 0, False
+        for plan in plans:
+            plan.forget()
+        for request in list(self.running):
+            request.prompt_logprobs.clear()  # their prompt is computed again, in other chunks
+            self._finish_if_idle(request, self._ended)
+            if not request.finished:
+                self._preempt(request)
+        self._waiting.sort_again(self._requests.values())  # trust has changed, and the order with it
+
+    def restart(self, first_step: int | None, num_blocks: int) -> None:
+        """There are ranks again, with an empty cache. `first_step`: the id of new ones' first step."""
+        self._next_step = self._next_step if first_step is None else first_step
+        self.limits = replace(self.limits, num_blocks=num_blocks)
+        self.kv = self.kv.emptied(num_blocks)
+
+    def fail(self, request: Request, code: str, message: str) -> None:
+        """End a request that has no plan in flight with an error."""
+        request.finish_reason, request.error_code, request.stop_text = "error", code, message
+        self._finish_if_idle(request, self._ended)
 
     @property
     def num_unfinished(self) -> int:
@@ -115,6 +127,8 @@ class Scheduler:
         if self._drain and self.num_plans_inflight:
             return None
         self._drain = False
+        if self.suspects.solo is not None and not self._clear_for(self.suspects.solo):
+            return None
         for _ in self._lane_sizes:
             draft = Draft()
             budget = self._schedule_running(draft, self.limits.max_num_batched_tokens)
@@ -126,6 +140,14 @@ class Scheduler:
             if self._drain:
                 break
         return None
+
+    def _clear_for(self, solo: Request) -> bool:
+        """Send all others back to the queue; False while plans in flight forbid it."""
+        for request in [request for request in self.running if request is not solo]:
+            if self.num_plans_inflight:
+                return False
+            self._preempt(request)
+        return True
 
     def _schedule_running(self, draft: Draft, budget: int) -> int:
         num_steps = self._burst_length()
@@ -152,8 +174,8 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
-        while budget and self._free_rows and self._lane_has_room():
-            request = self._head()
+        while budget and len(self.running) < limits.max_num_seqs and self._lane_has_room():
+            request = self._waiting.head()
             if request is None:
                 return
             hits = self.kv.find_prefix(request)
@@ -165,7 +187,7 @@ class Scheduler:
                 return
             if not self.kv.can_admit(request, hits):
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             self._admit(draft, request, hits, num_cached)
             count = min(count, budget)
             allocated = self.kv.allocate(request, num_cached + count)
@@ -183,9 +205,9 @@ class Scheduler:
         pending = [(request, self._pending(request)) for request in self.running]
         if most == 1 or any(count > 1 for _, count in pending):
             return 1
-        head = self._head()
+        head = self._waiting.head()
         if head is not None:
-            if self._free_rows and self.kv.can_admit(head, self.kv.find_prefix(head)):
+            if len(self.running) < self.limits.max_num_seqs and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
         rows = [request for request, count in pending if count]
@@ -232,7 +254,7 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.stats.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._push(request)
+        self._waiting.push(request)
 
     def _admit(self, draft: Draft, request: Request, hits: list[int], num_cached: int) -> None:
         self.kv.admit(request, hits)
@@ -315,6 +337,8 @@ class Scheduler:
         self.stats.num_wasted_tokens += sum(t >= 0 for t in token_ids[kept:])
         if logprobs is not None:
             request.logprobs.append(TokenLogprobs(logprobs.ids[:kept], logprobs.logprobs[:kept], logprobs.ranks[:kept]))
+        if request.trust:
+            self.suspects.grown(request)
         if not request.finished:
             self.kv.remember(request)
 
@@ -352,6 +376,7 @@ class Scheduler:
             self._leave(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.source.number]
+        self.suspects.forget(request)
         finished.append(request)
 
     # ---- small things ------------------------------------------------------------------------------------------
@@ -363,12 +388,3 @@ class Scheduler:
         self._lane_sizes[request.lane] -= 1
         request.row = -1
         request.num_granted_blocks = 0
-
-    def _push(self, request: Request) -> None:
-        priority = request.source.priority if self.limits.use_priority else 0
-        heapq.heappush(self._waiting, (priority, request.source.number, request))
-
-    def _head(self) -> Request | None:
-        while self._waiting and self._waiting[0][2].finished:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None

@@ -8,9 +8,7 @@ that never involve pickle. `RayChannel` sends the same frames as plain actor cal
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -18,20 +16,30 @@ from multiprocessing.connection import Connection, Listener, wait
 from typing import Any, Protocol
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from shoal.driver.config import EngineConfig
+from shoal.driver.log import LOGGER
+from shoal.driver.placement import reserve
 from shoal.workers.actor import ERROR, RemoteWorker
+from shoal.workers.host import kill_processes
 
 _POLL_S = 0.5  # how often a silent channel looks whether the ranks still live
+_GRACE_S = 2.0  # in which Ray ends a process that runs
+_KILL_S = 10.0  # in which the kernel ends one that was killed
 
 
 class RankDiedError(RuntimeError):
     """A rank's process is gone, or it failed in a step; the gang cannot go on."""
 
 
-class PlacementError(RuntimeError):
-    """The cluster cannot place the ranks."""
+class StepMemoryError(RankDiedError):
+    """A step needed more memory than a rank has. The rank lives, but what the step was to change is lost."""
+
+    def __init__(self, message: str, step_id: int) -> None:
+        super().__init__(message)
+        self.step_id = step_id
 
 
 class StepChannel(Protocol):
@@ -126,46 +134,41 @@ class RayChannel:
 class WorkerGroup:
     """Placement group and rank actors of one replica. Created by the driver actor, which owns them.
 
-    One bundle is one pipeline stage, so its tensor-parallel ranks are on one node; stages may be on several, packed as
-    far as they fit. Rank r belongs to stage r // stage_size and is started in that stage's bundle: which node a bundle
-    got never changes the order of ranks.
+    One bundle is one pipeline stage, so its tensor-parallel ranks are on one node (with tensor_parallel_across_nodes
+    one bundle is one rank); bundles may be on several, packed as far as they fit. Rank r belongs to stage
+    r // stage_size and has its place in that order: which node a bundle got never changes the order of ranks.
     """
 
-    def __init__(
-        self, sizes: tuple[int, int], device: str, timeout_s: float, env: dict[str, str], node_id: str | None = None
-    ) -> None:
-        """`sizes`: ranks of a stage (tensor_parallel_size), and stages (pipeline_parallel_size). `node_id`: the one
-        node that may have them."""
+    def __init__(self, config: EngineConfig, device: str, env: dict[str, str], node_id: str | None = None) -> None:
+        """`node_id`: the one node that may have all ranks."""
         rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
-        self.stage_size, self.num_stages = sizes
+        self.stage_size, self.num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
         self.world_size = self.stage_size * self.num_stages
         self.device = device
-        stage_needs = {name: need * self.stage_size for name, need in rank_needs.items()}
-        selector = None if node_id is None else [{"ray.io/node-id": node_id}] * self.num_stages
-        self._group = placement_group(
-            [stage_needs] * self.num_stages,
-            strategy="PACK",
-            bundle_label_selector=selector,
+        self._bundle_size = 1 if config.tensor_parallel_across_nodes else self.stage_size
+        bundle = {name: need * self._bundle_size for name, need in rank_needs.items()}
+        self._channel: StepChannel | None = None
+        self._group = reserve(
+            bundle,
+            self.world_size // self._bundle_size,
+            config.placement_timeout_s,
+            config.wait_for_nodes,
+            node_id,
         )
         try:
-            if not self._group.wait(timeout_s):
-                raise PlacementError(_what_is_missing(rank_needs, sizes, timeout_s, self._group))
             self.ranks = [self._start(rank, rank_needs, env) for rank in range(self.world_size)]
-            self._watches = {
-                rank.watch.options(concurrency_group="watch").remote(): i for i, rank in enumerate(self.ranks)
-            }
+            self._watches = {rank.watch.remote(): i for i, rank in enumerate(self.ranks)}
             self.probes: list[dict[str, Any]] = self.run("probe", device)
         except BaseException:
             remove_placement_group(self._group)
             raise
-        self._channel: StepChannel | None = None
 
     def _start(self, rank: int, needs: dict[str, float], env: dict[str, str]) -> Any:
-        stage = rank // self.stage_size
+        bundle = rank // self._bundle_size
         options: dict[str, Any] = {
             "num_cpus": needs["CPU"],
             "num_gpus": needs.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=stage),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
         }
         if self.device == "cuda" and self.world_size > 1:  # ranks that share memory must see all GPUs of their host
             env = env | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -175,15 +178,15 @@ class WorkerGroup:
 
     def setup(self, configs: Sequence[Any], processors: Any, timeout_s: float) -> list[dict[str, Any]]:
         """Join the ranks in a process group and load the weights; what each says of it."""
-        address = ray.get(self.ranks[0].run.remote("free_address"))
+        (address,) = self._gather([self.ranks[0].run.remote("free_address")])
         calls = [
             rank.run.remote("setup", config, processors, address, timeout_s)
             for rank, config in zip(self.ranks, configs, strict=True)
         ]
-        return list(ray.get(calls))
+        return self._gather(calls)
 
     def open_channel(self, kind: str) -> StepChannel:
-        """The step channel; plans may be sent after this."""
+        """The step channel; plans may be sent after this. Its secret is its own: no other epoch's ranks can call."""
         answering = self.world_size - self.stage_size
         if kind == "ray":
             self._channel = RayChannel(self.ranks, answering)
@@ -194,7 +197,7 @@ class WorkerGroup:
 
     def run(self, method: str, *args: Any) -> list[Any]:
         """The same method on every rank, between steps; results in rank order."""
-        return list(ray.get([rank.run.remote(method, *args) for rank in self.ranks]))
+        return self._gather([rank.run.remote(method, *args) for rank in self.ranks])
 
     def run_payload(self, payload: Any, timeout_s: float | None) -> list[Any]:
         """A call whose arguments this process must not unpack (they may need torch): references to the results."""
@@ -204,20 +207,87 @@ class WorkerGroup:
             raise TimeoutError(f"{len(late)} of {len(refs)} ranks did not answer within {timeout_s} s")
         return refs
 
-    def dead_ranks(self) -> list[int]:
-        """Ranks whose process is gone."""
+    def wait_for_death(self, timeout_s: float) -> str | None:
+        """Which ranks' processes are gone, in words, as soon as one is."""
+        gone, _ = ray.wait(list(self._watches), num_returns=1, timeout=timeout_s)
+        if not gone:
+            return None
         gone, _ = ray.wait(list(self._watches), num_returns=len(self._watches), timeout=0)
-        return sorted(self._watches[ref] for ref in gone)
+        return "; ".join(f"{self._name(self._watches[ref])} died: {_reason(ref)}" for ref in gone)
+
+    def kill(self) -> None:
+        """End the ranks' processes for good, stopped ones too; return when those that can be reached are gone."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        end_processes(getattr(self, "probes", []))
+
+    def discard(self) -> None:
+        """End the ranks without asking them, and give their resources back."""
+        if self._channel is not None:
+            self._channel.close()
+        self.kill()
+        remove_placement_group(self._group)
 
     def shutdown(self) -> None:
         """End the ranks and give their resources back."""
         if self._channel is not None:
             self._channel.close()
-        closing = [rank.run.remote("close") for rank in self.ranks if rank is not None]
+        closing = [rank.run.remote("close") for rank in self.ranks]
         ray.wait(closing, num_returns=len(closing), timeout=5)
-        for rank in self.ranks:
-            ray.kill(rank)
-        remove_placement_group(self._group)
+        self.discard()
+
+    def _gather(self, calls: list[Any]) -> list[Any]:
+        """Results in rank order; the first error of any rank at once, since the others may wait for that one."""
+        left = list(calls)
+        while left:
+            done, left = ray.wait(left, num_returns=1)
+            ray.get(done)
+        return list(ray.get(calls))
+
+    def _name(self, rank: int) -> str:
+        probes: list[dict[str, Any]] = getattr(self, "probes", [])
+        return f"rank {rank} (pid {probes[rank]['pid']} on {probes[rank]['node_ip']})" if probes else f"rank {rank}"
+
+
+def end_actor(actor: Any, process: dict[str, Any]) -> None:
+    """End an actor for good, one whose process is stopped too."""
+    ray.kill(actor)
+    end_processes([process])
+
+
+def end_processes(processes: Sequence[dict[str, Any]]) -> None:
+    """See that processes (as `whereabouts` told of them) end, on whatever node, and wait for it."""
+    here = ray.get_runtime_context().get_node_id()
+    by_node: dict[str, list[tuple[int, int | None]]] = {}
+    for one in processes:
+        by_node.setdefault(one["node_id"], []).append((one["pid"], one["born"]))
+    left = kill_processes(by_node.pop(here, []), _GRACE_S, _KILL_S)
+    calls = [
+        _kill_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(them)
+        for node, them in by_node.items()
+    ]
+    done, late = ray.wait(calls, num_returns=len(calls), timeout=2 * _KILL_S) if calls else ([], [])
+    for call in done:
+        try:
+            left += ray.get(call)
+        except ray.exceptions.RayError as error:  # the node is gone, and the processes with it
+            LOGGER.warning("processes of a lost node could not be ended there: %s", str(error).splitlines()[0])
+    if left or late:
+        LOGGER.error("processes %s and those of %d node(s) may still live", left, len(late))
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator]
+def _kill_there(processes: list[tuple[int, int | None]]) -> list[int]:
+    return kill_processes(processes, _GRACE_S, _KILL_S)
+
+
+def _reason(watch: Any) -> str:
+    """Why a call that never returns did."""
+    try:
+        ray.get(watch)
+    except ray.exceptions.RayError as error:
+        return " ".join(str(error).split())[:300]
+    return "it returned from its watch"
 
 
 def _accept(listener: Listener, calling: list[Any]) -> Connection:
@@ -248,22 +318,5 @@ def _accept(listener: Listener, calling: list[Any]) -> Connection:
 def _raise_error(frame: bytes) -> None:
     if frame.startswith(ERROR):
         report = json.loads(frame[len(ERROR) :])
-        raise RankDiedError(f"rank {report['rank']} failed in a step:\n{report['traceback']}")
-
-
-def _what_is_missing(needs: dict[str, float], sizes: tuple[int, int], timeout_s: float, group: Any) -> str:
-    """Why the ranks have no place, with the numbers."""
-    stage_size, num_stages = sizes
-    world_size = stage_size * num_stages
-    total, free = ray.cluster_resources(), ray.available_resources()
-    lines = [
-        f"{name}: {world_size * need:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}"
-        for name, need in needs.items()
-    ]
-    state = placement_group_table(group).get("state", "unknown")
-    return (
-        f"the Ray cluster could not place {world_size} rank(s) of {needs}, {stage_size} on one node, "
-        f"within {timeout_s:g} s "
-        f"(placement group {state}; {'; '.join(lines)}; driver on {socket.gethostname()}, pid {os.getpid()}). "
-        "Free resources, lower tensor_parallel_size or pipeline_parallel_size, or raise placement_timeout_s."
-    )
+        message = f"rank {report['rank']} failed in a step:\n{report['traceback']}"
+        raise StepMemoryError(message, report["step_id"]) if report["out_of_memory"] else RankDiedError(message)

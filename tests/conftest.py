@@ -128,9 +128,10 @@ class LocalEngine:
         import torch
 
         from shoal.driver import resolve
-        from shoal.driver.actor import Collected, _finished
+        from shoal.driver.actor import Collected
         from shoal.driver.draft import SchedulerLimits
         from shoal.driver.model_config import resolve_dtype
+        from shoal.driver.request import finished_request
         from shoal.driver.scheduler import Scheduler
         from shoal.driver.stop_strings import StopStrings
         from shoal.kernels.registry import use_implementation
@@ -138,7 +139,7 @@ class LocalEngine:
         from shoal.workers.parallel import TensorParallel
         from shoal.workers.runner import ModelRunner
 
-        self._collected, self._to_finished, self._inflight, self._out = Collected, _finished, deque(), []
+        self._collected, self._to_finished, self._inflight, self._out = Collected, finished_request, deque(), []
         length = resolve.check_model_len(config, model.spec)
         rows, tokens = resolve.resolve_budgets(config, length, [{}])
         device = "cuda" if config.device == "cuda" else "cpu"

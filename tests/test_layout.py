@@ -22,7 +22,7 @@ ALL_FILES = [
 # What may be imported beyond the standard library; inside functions as well.
 ALLOWED = {
     "driver": {"shoal", "ray", "pydantic", "numpy", "tokenizers", "transformers", "huggingface_hub", "tqdm", "gguf"}
-    | {"fsspec", "pyarrow", "jinja2", "yaml", "orjson"},
+    | {"fsspec", "pyarrow", "jinja2", "yaml", "orjson", "plotly"},
     "workers": {"shoal", "torch", "numpy", "transformers", "huggingface_hub", "pydantic", "safetensors", "gguf", "tqdm"}
     | {"ray", "tokenizers"},
     "kernels": {"shoal", "torch", "triton", "numpy"},

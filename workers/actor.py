@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -20,12 +21,19 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from shoal.workers.config import WorkerConfig
-from shoal.workers.host import keep_freed_memory
+from shoal.workers.host import born, is_out_of_memory, keep_freed_memory
+from shoal.workers.plan import EPOCH_SHIFT
 
 if TYPE_CHECKING:
     import torch
 
 STOP = object()
+
+
+def whereabouts() -> dict[str, Any]:
+    """This process, so that it can be told from all others, and ended."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"pid": os.getpid(), "born": born(os.getpid()), "node_id": node, "node_ip": ray.util.get_node_ip_address()}
 
 
 class Worker:
@@ -39,6 +47,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._frames: dict[int, tuple[bytes, Future[bytes]]] = {}
         self._next_frame = 0
+        self._failure: Exception | None = None  # of a step
         self._device, self._gpu = "cpu", 0
         self._answers_driver = rank == 0
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -65,9 +74,21 @@ class Worker:
         self._jobs.put((None, step_id, frame, future))
         return future.result()
 
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
     def watch(self) -> None:
         """Never returns: its caller learns of this process's death at once."""
         threading.Event().wait()
+
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
+    def alive(self) -> None:
+        """Returns as long as this process runs, whatever the loop does."""
+
+    @ray.method(concurrency_group="watch")  # type: ignore[untyped-decorator]
+    def stacks(self) -> str:
+        """What every thread of this process is doing."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames().items()
+        return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
     # ---- called in the loop thread -----------------------------------------------------------------------------
 
@@ -75,8 +96,7 @@ class Worker:
         """What this rank runs on."""
         import torch
 
-        info: dict[str, Any] = {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
-        info["node_ip"] = ray.util.get_node_ip_address()
+        info = whereabouts()
         info["num_cpus"] = len(os.sched_getaffinity(0))
         if device == "cuda":
             self._device, self._gpu = device, self._gpu_index()
@@ -113,6 +133,11 @@ class Worker:
         self.runner = ModelRunner(config, self._tp, processors, pipeline)
         seconds = self.runner.load()
         return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
+
+    def free_memory(self) -> None:
+        """Take plans again after one that did not fit the memory; the next ones tell of all rows anew."""
+        self._failure = None
+        self.runner.free_memory()
 
     def connect(self, address: Any, family: str, secret: bytes) -> None:
         """Take plans from the driver's listener from now on; the first rank of the last stage answers there."""
@@ -167,7 +192,7 @@ class Worker:
             future.set_result(result)
 
     def _step_in_order(self, step_id: int, frame: bytes, future: Future[bytes]) -> None:
-        self._frames[step_id] = (frame, future)
+        self._frames[step_id & ((1 << EPOCH_SHIFT) - 1)] = (frame, future)
         while self._next_frame in self._frames:
             due, answer = self._frames.pop(self._next_frame)
             self._next_frame += 1
@@ -177,21 +202,27 @@ class Worker:
         """Run a frame, on a GPU only enqueue it; what it gives back waits for the answer."""
         from shoal.workers.plan import SchedulerOutput
 
-        try:
-            pending = self.runner.execute(SchedulerOutput.decode(frame))
-        except Exception:  # the driver must learn of it: this rank's state is lost
-            report = self._report_error()
+        plan = SchedulerOutput.decode(frame)
+        if self._failure is not None:  # plans that were on their way build on what was lost
+            report = self._report(self._failure, plan.step_id)
             return lambda: report
-        return lambda: self._encode(pending)
+        try:
+            pending = self.runner.execute(plan)
+        except Exception as error:  # the driver must learn of it: this rank's state is lost
+            report = self._report(error, plan.step_id)
+            return lambda: report
+        return lambda: self._encode(pending, plan.step_id)
 
-    def _encode(self, pending: Any) -> bytes:
+    def _encode(self, pending: Any, step_id: int) -> bytes:
         try:
             return bytes(pending.wait().encode())
-        except Exception:  # a kernel failed: seen only when its results are waited for
-            return self._report_error()
+        except Exception as error:  # a kernel failed: seen only when its results are waited for
+            return self._report(error, step_id)
 
-    def _report_error(self) -> bytes:
-        return ERROR + json.dumps({"rank": self.rank, "traceback": traceback.format_exc()}).encode()
+    def _report(self, error: Exception, step_id: int) -> bytes:
+        self._failure = error
+        report = {"rank": self.rank, "step_id": step_id, "out_of_memory": is_out_of_memory(error)}
+        return ERROR + json.dumps(report | {"traceback": "".join(traceback.format_exception(error))}).encode()
 
     def _answer(self) -> None:
         """Results to the driver as the device gets there, while the loop enqueues what comes next."""
@@ -223,4 +254,5 @@ class Worker:
 
 ERROR = b"ERROR:"  # a StepOutput's frame starts with its header's length, which is never this large
 
-RemoteWorker = ray.remote(max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1})(Worker)
+ACTOR_OPTIONS: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 8, "concurrency_groups": {"watch": 4}}
+RemoteWorker = ray.remote(**ACTOR_OPTIONS)(Worker)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 _LENGTH = struct.Struct("<Q")
+EPOCH_SHIFT = 32  # a step's id is the epoch of its ranks, shifted by this, and a count: late answers are told by it
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,6 +254,11 @@ class ModelRunner:
                 out.prompt_logprobs[place] = (start + 1, concat_logprobs(parts))
             offset += count
 
+    def free_memory(self) -> None:
+        """After a step that did not fit: what the allocator keeps in pieces goes back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # ---- sleep -------------------------------------------------------------------------------------------------
 
     def sleep(self, level: int) -> None:

@@ -44,7 +44,9 @@ class Generate:
         else:
             self._config, self._model = ray.get(made[0])
         self._preparation: Preparation | None = None
-        self._pump = Pump(self._model.starter(), self._config.solo_deaths, self._config.max_restarts)
+        self._pump = Pump(
+            self._model.starter(self._config.solo_deaths), self._config.solo_deaths, self._config.max_restarts
+        )
         self._tools = self._model.tools(self._pump.resolved.max_model_len)
         self._bounds = BoundSet(self._tools)
         self._pump.open(self._tools.binder)

@@ -12,7 +12,7 @@ from shoal.driver.data.stages import RowFunction, new_name, postprocess, prepare
 from shoal.driver.engine import connect, environment
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.local_files import read_template
-from shoal.driver.worker_group import PlacementError
+from shoal.driver.placement import PlacementError
 
 if TYPE_CHECKING:
     from ray.data import Dataset

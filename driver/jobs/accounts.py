@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _RATE_WINDOW_S = 60.0
-_MOST_SAMPLES = 2000
+_FINE_BITS = 6
 
 
 @dataclass(slots=True)
@@ -20,6 +20,12 @@ class Usage:
     cached: int = 0
 
 
+def bucket(tokens: int) -> int:
+    """The lower end of a length's bucket: exact below 64, then 32 buckets between a power of two and the next."""
+    shift = max(0, tokens.bit_length() - _FINE_BITS)
+    return tokens >> shift << shift
+
+
 @dataclass(slots=True)
 class Accounts:
     """Counts over the whole life of a job, earlier runs included, where nothing else is said."""
@@ -28,25 +34,26 @@ class Accounts:
     rows_read: int = 0  # by this run
     ok: int = 0
     errors: int = 0
-    resumed: int = 0  # rows that earlier runs had settled, as far as this one has met them in the input
-    unmet_ok: int = 0  # rows that earlier runs answered, and this one has not met yet
-    unmet_errors: int = 0
+    resumed: int = 0  # rows that earlier runs had settled, as far as this run met them in the input
+    unmet_ok: int = 0  # rows that earlier runs answered, counted in `ok`, and not met in the input yet
+    unmet_errors: dict[int, str] = field(default_factory=dict)  # the same of `errors`: code, by the record's location
     error_codes: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    prompt_lengths: Counter[int] = field(default_factory=Counter)  # of answered rows, by bucket
+    output_lengths: Counter[int] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     committed_tokens: int = 0  # generated tokens of answered rows
     generated: dict[str, int] = field(default_factory=dict)  # tokens made, by engine
-    engine_deaths: int = 0
+    in_flight_tokens: int = 0  # of those, tokens of rows that are in an engine now
+    begun_rows: int = 0  # rows that this run gave to engines or will
+    begun_limit: int = 0  # tokens that they may take at most
+    engine_deaths: int = 0  # in this run, as the next two
     boot_failures: int = 0
     quarantined: int = 0
     started: float = field(default_factory=time.time)
     durable: tuple[int, int] = (0, 0)  # answers and errors that no crash can take back
     _recent: list[tuple[float, int, int, int]] = field(default_factory=list)
-
-    @property
-    def known(self) -> int:
-        """Rows with an answer or an error, those of earlier runs too that were not met yet: this never falls."""
-        return self.settled + self.unmet_ok + self.unmet_errors
 
     @property
     def settled(self) -> int:
@@ -60,44 +67,65 @@ class Accounts:
 
     @property
     def wasted_tokens(self) -> int:
-        """Tokens made that are in no answer."""
-        return max(0, self.generated_tokens - self.committed_tokens)
+        """Tokens made that are in no answer, and will be in none."""
+        return max(0, self.generated_tokens - self.committed_tokens - self.in_flight_tokens)
 
-    def answered(self, usage: Usage) -> None:
+    def answered(self, usage: Usage, finish_reason: str | None) -> None:
         """One more answer."""
         self.ok += 1
         self.prompt_tokens += usage.prompt
         self.cached_tokens += usage.cached
         self.committed_tokens += usage.completion
-
-    def met(self, is_error: bool) -> None:
-        """A row of the input that an earlier run has settled."""
-        self.resumed += 1
-        if is_error:
-            self.failed("from an earlier run")
-            self.unmet_errors = max(0, self.unmet_errors - 1)
-        else:
-            self.ok += 1
-            self.unmet_ok = max(0, self.unmet_ok - 1)
+        self.finish_reasons[finish_reason or "unknown"] += 1
+        self.prompt_lengths[bucket(usage.prompt)] += 1
+        self.output_lengths[bucket(usage.completion)] += 1
 
     def mark_durable(self) -> None:
         """All that was counted is in the ledger for good."""
-        self.durable = (self.ok + self.unmet_ok, self.errors + self.unmet_errors)
+        self.durable = (self.ok, self.errors)
 
     def failed(self, code: str) -> None:
         """One more error."""
         self.errors += 1
         self.error_codes[code] += 1
 
+    def found(self, num_ok: int, errors: dict[int, str]) -> None:
+        """What earlier runs settled: counted at once, so that a resumed job goes on where it stood.
+
+        `errors`: code of each row in error, by the location of its record.
+        """
+        self.ok, self.unmet_ok = num_ok, num_ok
+        self.errors, self.unmet_errors = len(errors), errors
+        self.error_codes = Counter(errors.values())
+
+    def met(self, location: int, is_error: bool) -> None:
+        """A row of the input turned out to be settled already."""
+        self.resumed += 1
+        if is_error:
+            if self.unmet_errors.pop(location, None) is None:
+                self.failed("from an earlier run")
+        elif self.unmet_ok:
+            self.unmet_ok -= 1
+        else:
+            self.ok += 1
+
+    def forget_unmet(self) -> None:
+        """The input was read to its end: what was not met there belongs to rows that are gone or were changed."""
+        self.ok -= self.unmet_ok
+        self.errors -= len(self.unmet_errors)
+        self.error_codes -= Counter(self.unmet_errors.values())
+        self.unmet_ok = 0
+        self.unmet_errors = {}
+
     def mark(self) -> None:
         """Remembers where things stand now, for rates."""
         now = time.monotonic()
-        self._recent.append((now, self.settled - self.resumed, self.prompt_tokens, self.committed_tokens))
+        self._recent.append((now, self.settled, self.prompt_tokens, self.generated_tokens))
         while len(self._recent) > 2 and now - self._recent[1][0] > _RATE_WINDOW_S:
             del self._recent[0]
 
     def rates(self) -> tuple[float, float, float]:
-        """Rows, prompt tokens and generated tokens a second, over the last minute."""
+        """Rows, prompt tokens of answered rows and generated tokens a second, over the last minute."""
         if len(self._recent) < 2:
             return 0.0, 0.0, 0.0
         first, last = self._recent[0], self._recent[-1]
@@ -105,12 +133,19 @@ class Accounts:
         return (last[1] - first[1]) / span, (last[2] - first[2]) / span, (last[3] - first[3]) / span
 
     def eta_s(self) -> float | None:
-        """Seconds left: the tokens that remaining rows will take, at the rate tokens are made."""
+        """Seconds left: the tokens that remaining rows will take, less those they have, at the rate of making them.
+
+        A row's tokens are estimated from finished rows and from what unfinished ones have made: short rows finish
+        first, and their mean alone would promise too much. No row is taken to need more than it may.
+        """
         _, _, speed = self.rates()
         if self.total_rows is None or not self.ok or speed <= 0:
             return None
-        left = max(0, self.total_rows - self.known)
-        return left * (self.committed_tokens / self.ok) / speed
+        tokens_a_row = (self.committed_tokens + self.in_flight_tokens) / self.ok
+        if self.begun_rows:
+            tokens_a_row = min(tokens_a_row, self.begun_limit / self.begun_rows)
+        left = max(0, self.total_rows - self.settled)
+        return max(0.0, left * tokens_a_row - self.in_flight_tokens) / speed
 
     def as_dict(self) -> dict[str, Any]:
         """For status.json and report.json."""
@@ -120,11 +155,13 @@ class Accounts:
             "request_counts": {"total": self.total_rows, "completed": self.durable[0], "failed": self.durable[1]},
             "rows": {"read": self.rows_read, "resumed": self.resumed, "quarantined": self.quarantined},
             "error_codes": dict(self.error_codes),
+            "finish_reasons": dict(self.finish_reasons),
             "tokens": {
                 "prompt": self.prompt_tokens,
                 "cached": self.cached_tokens,
                 "generated": self.generated_tokens,
                 "committed": self.committed_tokens,
+                "in_flight": self.in_flight_tokens,
                 "wasted": self.wasted_tokens,
             },
             "rates": {
@@ -135,23 +172,3 @@ class Accounts:
             "engines": {"deaths": self.engine_deaths, "boot_failures": self.boot_failures},
             "eta_s": None if eta is None else round(eta, 1),
         }
-
-
-class Samples:
-    """A time series of a bounded number of points: when there are too many, every other one goes."""
-
-    def __init__(self) -> None:
-        self.points: list[dict[str, float]] = []
-        self._every = 1.0
-        self._last = 0.0
-
-    def add(self, **values: float) -> None:
-        """A point, unless the last one is too near."""
-        now = time.time()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        self.points.append({"time": round(now, 2), **values})
-        if len(self.points) > _MOST_SAMPLES:
-            self.points = self.points[::2]
-            self._every *= 2

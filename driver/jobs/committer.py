@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,14 +32,12 @@ class Recovered:
 
     done: KeyTable = field(default_factory=lambda: KeyTable(with_values=True))  # key: location << 1 | is error
     tries: dict[bytes, Tries] = field(default_factory=dict)
-    num_ok: int = 0
-    num_errors: int = 0  # of those that are not tried again
 
 
 def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered:
-    """Reads the ledger; tokens are counted into `accounts`, rows only once they are met in the input."""
+    """Reads the ledger; what it says is counted into `accounts`."""
     found = Recovered()
-    errors: dict[bytes, int] = {}
+    errors: dict[bytes, tuple[int, str]] = {}
     for record in ledger.records():
         meta = record.meta
         kind = meta["t"]
@@ -47,30 +46,25 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
             continue
         if kind == CLEARED:
             for tries in found.tries.values():
-                tries.in_company = 0
+                tries.in_company = tries.ranks_in_company = 0
             continue
         key = bytes.fromhex(meta["key"])
         if kind == "ok":
             errors.pop(key, None)
             found.done.add(key, record.location << 1)
-            prompt, completion, cached = meta["usage"]
-            accounts.prompt_tokens += prompt
-            accounts.committed_tokens += completion
-            accounts.cached_tokens += cached
+            accounts.answered(Usage(*meta["usage"]), meta.get("finish_reason"))
         elif kind == "err":
-            errors[key] = record.location << 1 | 1
+            errors[key] = record.location << 1 | 1, sys.intern(meta["code"])
         elif kind == "try":
             tries = found.tries.setdefault(key, Tries())
-            tries.alone += meta["alone"]
-            tries.in_company += not meta["alone"]
-    found.num_ok = len(found.done)
+            tries.add(meta["alone"], meta.get("ranks", False))
     if retry_errors:
         for key in errors:
             found.tries.pop(key, None)
-    else:
-        for key, value in errors.items():
-            found.done.add(key, value)
-        found.num_errors = len(errors)
+        errors = {}
+    for key, (value, _) in errors.items():
+        found.done.add(key, value)
+    accounts.found(accounts.ok, dict(errors.values()))
     return found
 
 
@@ -81,6 +75,7 @@ class Committer:
         self.ledger, self.where = ledger, Numbers()
         self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
         self._synced = time.monotonic()
+        self._recorded: dict[str, int] = {}  # tokens that the ledger says an engine has made
         self.decoder: TextDecoder | None = None  # known with the model
 
     def settle(self, rows: Iterable[Settled]) -> list[int]:
@@ -89,7 +84,7 @@ class Committer:
         for row in rows:
             if row.fault is None:
                 self.where[row.index] = row.location >> 1
-                self._accounts.met(bool(row.location & 1))
+                self._accounts.met(row.location, bool(row.location & 1))
             else:
                 self._error(row.index, row.row_id, row.key, row.raw, row.fault)
                 new.append(row.index)
@@ -103,7 +98,8 @@ class Committer:
             work.row_id, row.prompt, row.token_ids, row.bound.params, children, self.decoder, log_stats=False
         )
         if output.error is not None:
-            self.error(work, Fault("engine_refused", "engine", output.error))
+            codes = [child.error_code for child in children if child.error_code is not None]
+            self.error(work, Fault(codes[0] if codes else "engine_refused", "engine", output.error))
             return
         usage = Usage(len(row.token_ids), sum(len(one.token_ids) for one in children), children[0].num_cached_tokens)
         meta = {
@@ -113,12 +109,12 @@ class Committer:
             "index": work.index,
             "usage": [usage.prompt, usage.completion, usage.cached],
             "finish_reason": children[0].finish_reason,
-            "attempt": 1 + work.tries.alone + work.tries.in_company,
+            "attempt": 1 + work.tries.total,
         }
         self.where[work.index] = self.ledger.append(
             meta, dump(self._form.answer(work.row_id, parse_object(work.raw), output))
         )
-        self._accounts.answered(usage)
+        self._accounts.answered(usage, children[0].finish_reason)
 
     def error(self, work: Work, fault: Fault) -> None:
         """A row that will have no answer."""
@@ -129,9 +125,10 @@ class Committer:
         self.where[index] = self.ledger.append(meta, dump(self._form.failure(row_id, columns_of(raw), fault)))
         self._accounts.failed(fault.code)
 
-    def tried(self, work: Work, alone: bool) -> None:
-        """An engine died with the row in it."""
-        self.ledger.append({"t": "try", "id": work.row_id, "key": work.key.hex(), "alone": alone})
+    def tried(self, work: Work, alone: bool, of_ranks: bool = False) -> None:
+        """An engine, or only its ranks, died with the row in it."""
+        meta = {"t": "try", "id": work.row_id, "key": work.key.hex(), "alone": alone, "ranks": of_ranks}
+        self.ledger.append(meta)
 
     def cleared(self) -> None:
         """A guilty row was found: nothing is held against the others."""
@@ -139,8 +136,9 @@ class Committer:
 
     def made(self, session: str, tokens: int) -> None:
         """Tokens that an engine has made so far."""
-        if self._accounts.generated.get(session) != tokens:
-            self._accounts.generated[session] = tokens
+        self._accounts.generated[session] = tokens
+        if self._recorded.get(session) != tokens:
+            self._recorded[session] = tokens
             self.ledger.append({"t": "engine", "session": session, "generated": tokens})
 
     def is_due(self) -> bool:

@@ -9,11 +9,14 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer, recover
 from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.display import Display
+from shoal.driver.jobs.events import Hooks
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
+from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.identity import differences, job_identity, salt
 from shoal.driver.jobs.intake import Intake
 from shoal.driver.jobs.keys import RowKeys
@@ -22,16 +25,18 @@ from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.pipeline import Recipe, prepared_tables
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
-from shoal.driver.jobs.report import write_report
-from shoal.driver.jobs.runner import Hooks, Runner
+from shoal.driver.jobs.report.write import write_report
+from shoal.driver.jobs.runner import Runner
 from shoal.driver.jobs.scan import Duplicates, Scanner, detect_form, validate
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
 from shoal.driver.jobs.state.store import NO_ROOM
-from shoal.driver.jobs.status import STATUS_FILE, Display, StatusFile
+from shoal.driver.jobs.status import STATUS_FILE, StatusFile
 from shoal.driver.jobs.stop import StopRequest
+from shoal.driver.jobs.telemetry import JobTelemetry
 from shoal.driver.local_files import read_template
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.secrecy import masked
 
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
@@ -80,8 +85,9 @@ class Job:
             seconds=config.object_seconds,
         )
         self._accounts, self._samples = Accounts(), Samples()
-        self._display = Display(config, self._accounts)
+        self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
+        self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
         """All of it."""
@@ -92,7 +98,9 @@ class Job:
             return error.code
         self._ledger = Ledger(self._store, fresh=self._config.fresh)
         every_s = _STATUS_S if self._plan.local else _REMOTE_STATUS_S
-        self._status = StatusFile(self._store, self._ledger, self._accounts, self._samples, every_s)
+        self._status = StatusFile(
+            self._store, self._ledger, self._config, self._accounts, self._samples, every_s
+        )  # fmt: skip
         self._committer = Committer(self._ledger, self._form, self._accounts, self._config.commit_rows)
         self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
         self._parts: Parts | None = None
@@ -136,9 +144,10 @@ class Job:
         self._publisher.give_up = lambda: self._stop.due
         self._publish()
         self._status.enter(Status.COMPLETED)
-        write_report(self._store, self._config, self._status.as_dict())
+        self._display.close()
         accounts = self._accounts
         LOGGER.info("completed: %d rows answered, %d errors; %s", accounts.ok, accounts.errors, self._config.output)
+        self._report()
         return Exit.COMPLETED
 
     def _compare(self) -> dict[str, Any] | None:
@@ -188,14 +197,16 @@ class Job:
 
         config = self._config
         recovered = recover(self._ledger, self._accounts, config.retry_errors)
-        if same_job:
-            self._accounts.unmet_ok, self._accounts.unmet_errors = recovered.num_ok, recovered.num_errors
+        if not same_job:  # rows that changed are computed again: the others count once they are met
+            self._accounts.found(0, {})
         self._accounts.mark_durable()
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
         hold_ray(config.engine.address)
         self._stop.listen()  # Ray takes SIGTERM for itself
+        if not config.engine.disable_log_stats:
+            self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
         model = self._model.portable()
         template = config.prompt_template
         if template is not None:
@@ -207,7 +218,8 @@ class Job:
             lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
         )
         places = partial(find_places, config.engine)
-        hooks = Hooks(self._model.starter(), places, self._make_tools, self._tick, self._settled)
+        start = self._model.starter(config.solo_deaths)
+        hooks = Hooks(start, places, self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         try:
             self._runner.run()
@@ -230,12 +242,9 @@ class Job:
         if self._stop.asked and self._status.status == Status.IN_PROGRESS:
             self._status.enter(Status.CANCELLING)
         self._status.refresh()
-        replicas = self._runner.replicas.values()
-        self._display.tick(
-            sum(one.num_running for one in replicas),
-            sum(one.num_waiting for one in replicas),
-            max((one.kv_cache_usage for one in replicas), default=0.0),
-        )
+        if self._telemetry is not None:
+            self._telemetry.tick(self._runner.num_up)
+        self._display.tick(self._runner.replicas.values(), starting=not self._samples.engines)
 
     def _publish(self) -> None:
         """Every row of the input has its record now."""
@@ -282,4 +291,13 @@ class Job:
         """What there is, beside the state; a folder output has its complete parts already."""
         if self._parts is None and self._accounts.settled:
             self._publisher.publish_partial(max(self._accounts.rows_read, self._accounts.total_rows or 0))
-        write_report(self._store, self._config, self._status.as_dict())
+        self._report()
+
+    def _report(self) -> None:
+        """The job is over and its rows are safe: a report that cannot be written changes nothing about that."""
+        try:
+            page = write_report(self._store)
+        except OSError as error:
+            LOGGER.warning("the report could not be written: %s", error)
+            return
+        LOGGER.info("report: %s/%s", self._plan.state_path, page)

@@ -48,13 +48,14 @@ class RowModel:
 
         return cls(config, *resolve_all(config))
 
-    def starter(self) -> StartEngine:
-        """Starts one engine of it."""
+    def starter(self, solo_deaths: int) -> StartEngine:
+        """Starts one engine of it, which ends a row with which alone its ranks died so often."""
 
         def start(place: Place | None = None) -> EngineLike:
             from shoal.driver.engine import Engine
 
-            return Engine.start(self.config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), place)
+            config = self.config.model_copy(update={"max_solo_deaths": solo_deaths})
+            return Engine.start(config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), False, place)
 
         return start
 

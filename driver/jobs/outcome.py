@@ -45,3 +45,14 @@ class JobError(Exception):
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def brief_error(error: BaseException) -> str:
+    """An error in one line: a rank's whole traceback is in the log already."""
+    return f"{type(error).__name__}: {brief(str(error))}"
+
+
+def brief(text: str) -> str:
+    """The first line and the last, at most 500 characters."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return (f"{lines[0]} ... {lines[-1].strip()}" if len(lines) > 1 else (lines[0] if lines else ""))[:500]

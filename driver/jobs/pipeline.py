@@ -21,7 +21,7 @@ from shoal.driver.jobs.packed import lines_of, pack_lines, pack_rows
 from shoal.driver.jobs.prepare import Ready, RowPreparer
 from shoal.driver.jobs.scan import RowReader
 from shoal.driver.jobs.sources.registry import read_rows
-from shoal.driver.worker_group import PlacementError
+from shoal.driver.placement import PlacementError
 
 READ_CPUS, PREPARE_CPUS = 0.25, 0.5
 _BLOCK_BYTES = 256 << 10  # small blocks: the first rows come soon, and little is under way

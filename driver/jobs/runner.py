@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.dispatch import Dispatcher
-from shoal.driver.jobs.accounts import Accounts, Samples
+from shoal.driver.healing import EngineDeadError
+from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer
 from shoal.driver.jobs.config import JobConfig
-from shoal.driver.jobs.events import Exhausted, NeedEngine
+from shoal.driver.jobs.events import Exhausted, Hooks, NeedEngine
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.feeder import Feeder
-from shoal.driver.jobs.outcome import Exit, JobError
+from shoal.driver.jobs.history import Samples
+from shoal.driver.jobs.outcome import Exit, JobError, brief, brief_error
 from shoal.driver.jobs.state.store import LedgerFullError
 from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.log import LOGGER
-from shoal.driver.replica import Down, News, Replica, StartEngine, Up
-from shoal.driver.replicas import FindPlaces, Replicas, short
+from shoal.driver.replica import Down, News, Replica, Up
+from shoal.driver.replicas import Replicas
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.intake import Intake
     from shoal.driver.jobs.model import ModelTools
-    from shoal.driver.request import EngineRequest
+    from shoal.driver.request import Death, EngineRequest
 
 TICK_S = 0.1
 _CHUNKS_AHEAD = 4
 _FULL_RETRY_S = 1.0
 _PERCENT_FROM = 200  # rows read before a share of errors means anything
-
-
-@dataclass(slots=True)
-class Hooks:
-    """What the runner calls."""
-
-    start_engine: StartEngine
-    find_places: FindPlaces
-    make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
-    tick: Callable[[], None]  # several times a second
-    settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
 
 
 @dataclass(slots=True)
@@ -102,6 +93,7 @@ class Runner:
                 self._sync()
                 self._feed()
                 self._observe()
+                self._hooks.tick()
         finally:
             self._feeder.stop()
             self._engines.stop()
@@ -110,6 +102,14 @@ class Runner:
         """Waits until engines have given back what they hold, and takes their last counts."""
         for replica in self._engines.join(timeout_s):
             self._committer.made(replica.session, self._made(replica))
+        self._dispatcher.lanes.clear()
+        self._samples.finish()
+        self._observe()
+
+    @property
+    def num_up(self) -> int:
+        """Engines that can take rows."""
+        return len(self._dispatcher.lanes)
 
     def _ended(self) -> bool:
         """Nothing is left to do, or a stop was asked for and obeyed; and what was done is durable."""
@@ -130,6 +130,7 @@ class Runner:
     def _begin_drain(self) -> None:
         """Rows that cannot be running yet go back; what runs may finish."""
         LOGGER.info("stopping: rows at work get %.0f s to finish; ask again to end now", self._stop.left_s)
+        self._samples.event("stop", f"a stop was asked for; rows at work get {self._stop.left_s:.0f} s to finish")
         self._feeder.stop()
         for number, lane in self._dispatcher.lanes.items():
             excess, unstarted = lane.num_sequences - lane.slots, []
@@ -163,16 +164,18 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            self._begin_engines()
+            self._start_engines(self._engines.begin)
         else:
             assert isinstance(event, Exhausted)
             if event.error is not None:
                 raise event.error
             self._exhausted = True
             self._accounts.total_rows = event.num_rows
-            self._accounts.unmet_ok = self._accounts.unmet_errors = 0
+            self._accounts.forget_unmet()
 
     def _on_news(self, event: News) -> None:
+        for death in event.collected.deaths:
+            self._on_death(event.replica, death)
         for result in event.collected.finished:
             sent = self._sent.pop(result.number, None)
             if sent is None:  # of a row that was moved to another engine
@@ -184,8 +187,36 @@ class Runner:
                 self._dispatcher.done(sent.replica, work)
                 self._committer.answer(work)
                 self._unsynced.append(work.index)
-                self._deaths_in_a_row = 0
+                if any(one.error_code == "engine_killed" for one in work.results.values()):
+                    self._committer.cleared()
+                    self._accounts.quarantined += 1
+                    self._samples.event("quarantine", f"row {work.row_id} is put aside: the ranks died with it")
+                else:
+                    self._deaths_in_a_row = 0
                 self._check_errors()
+
+    def _on_death(self, replica: Replica, death: Death) -> None:
+        """Ranks died. Their engine deals with it, or gives up; what it found out is made to outlive it."""
+        said = f"replica {replica.number}: its ranks died with {len(death.tried)} rows in them: {brief(death.reason)}"
+        LOGGER.warning("%s", said)
+        self._samples.event("engine_death", said)
+        for number, alone in death.tried:
+            sent = self._sent.get(number)
+            if sent is not None:
+                sent.work.tries.add(alone, of_ranks=True)
+                self._committer.tried(sent.work, alone, of_ranks=True)
+        self._sync(force=True)
+        self._count_death(death.reason)
+
+    def _count_death(self, reason: str) -> None:
+        self._accounts.engine_deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self._config.max_restarts:
+            raise JobError(
+                Exit.FAILED,
+                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
+                f"{self._config.max_restarts}); the last time: {brief(reason)}",
+            )
 
     def _on_chunk(self, chunk: Chunk) -> None:
         self._feeder.received()
@@ -194,18 +225,22 @@ class Runner:
         self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
         for work in chunk.work:
             self._dispatcher.add(work)
+            assert self._tools is not None
+            self._accounts.begun_rows += 1
+            self._accounts.begun_limit += work.size * self._tools.binder.room(work.row)
         self._check_errors()
 
     def _on_up(self, replica: Replica) -> None:
         self._engines.came_up(replica)
+        self._samples.engines[replica.number] = dataclasses.asdict(replica.engine.resolved)
+        self._samples.event("engine_up", f"replica {replica.number} is up")
         if self._stop.asked:
             return
         if self._tools is None:
             self._tools = self._hooks.make_tools(replica.engine.resolved)
             self._offer.set_result(self._tools)
-        self._dispatcher.open_lane(
-            replica.number, replica.engine.resolved.max_num_seqs, replica.engine.resolved.kv_cache_tokens
-        )
+        resolved = replica.engine.resolved
+        self._dispatcher.open_lane(replica.number, resolved.max_num_seqs, resolved.kv_cache_tokens)
 
     def _on_down(self, event: Down) -> None:
         replica, error = event.replica, event.error
@@ -214,37 +249,30 @@ class Runner:
             return
         if not event.booted:
             self._accounts.boot_failures += 1
+            self._samples.event("boot_failure", f"replica {replica.number} did not start: {brief_error(error)}")
             self._replace(event, error)
             return
-        self._accounts.engine_deaths += 1
-        self._deaths_in_a_row += 1
         verdict = self._dispatcher.died(replica.number)
-        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), short(error))
+        LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), brief_error(error))
+        said = f"replica {replica.number} died with {len(verdict.tried)} rows in it: {brief_error(error)}"
+        self._samples.event("engine_death", said)
         self._sent = {n: sent for n, sent in self._sent.items() if sent.replica != replica.number}
         for work, alone in verdict.tried:
             self._committer.tried(work, alone)
         if verdict.guilty is not None:
             self._put_aside(verdict.guilty, error)
         self._sync(force=True)
-        if self._deaths_in_a_row > self._config.max_restarts:
-            raise JobError(
-                Exit.FAILED,
-                f"engines died {self._deaths_in_a_row} times with no row answered in between (max_restarts "
-                f"{self._config.max_restarts}); the last time: {short(error)}",
-            )
+        if not isinstance(error, EngineDeadError):  # else it has told of the death already
+            self._count_death(brief_error(error))
         self._replace(event, error)
 
-    def _begin_engines(self) -> None:
-        try:
-            self._engines.begin()
-        except ValueError as error:
-            raise JobError(Exit.USAGE, str(error)) from None
-
     def _replace(self, event: Down, error: Exception) -> None:
-        if self._stop.asked:
-            return
+        if not self._stop.asked:
+            self._start_engines(lambda: self._engines.went_down(event, error))
+
+    def _start_engines(self, start: Callable[[], None]) -> None:
         try:
-            self._engines.went_down(event, error)
+            start()
         except (ValueError, TypeError) as wrong:  # the user's: trying again changes nothing
             raise JobError(Exit.USAGE, str(wrong)) from None
         except RuntimeError as lack:
@@ -254,9 +282,10 @@ class Runner:
         tries = work.tries
         message = (
             f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {short(error)}"
+            f"the last time: {brief_error(error)}"
         )
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
+        self._samples.event("quarantine", f"row {work.row_id} is put aside: {message}")
         self._committer.error(work, Fault("engine_killed", "engine", message))
         self._committer.cleared()
         self._unsynced.append(work.index)
@@ -304,6 +333,8 @@ class Runner:
             self._next_number += work.size
             made = self._tools.binder.requests(work.row, 0, work.size)
             self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
+            for request in made:
+                request.num_solo_deaths = work.tries.ranks_alone
             requests += made
         if requests:
             self.replicas[number].submit(requests)
@@ -329,31 +360,38 @@ class Runner:
         except LedgerFullError as error:
             if not self._full_since:
                 LOGGER.error("paused, nothing is lost: %s. Make room, and the job goes on by itself", error)
+                self._samples.event("paused", str(error))
             self._full_since = time.monotonic()
             return
         if self._full_since and tried:
             LOGGER.info("there is room again: the job goes on")
+            self._samples.event("resumed", "there is room again")
             self._full_since = 0.0
         if self._unsynced and not self._committer.ledger.num_unsynced:
             settled, self._unsynced = self._unsynced, []
             self._hooks.settled(settled, True)
 
     def _observe(self) -> None:
-        self._accounts.mark()
-        running = sum(replica.num_running for replica in self.replicas.values())
-        replicas = list(self.replicas.values())
+        accounts, replicas = self._accounts, list(self.replicas.values())
+        at_work = [replica for replica in replicas if replica.number in self._dispatcher.lanes]
+        for replica in at_work:
+            accounts.generated[replica.session] = self._made(replica)
+        accounts.in_flight_tokens = sum(self._made(replica) - replica.received for replica in at_work)
+        accounts.mark()
         self._samples.add(
-            settled=self._accounts.known,
-            committed_tokens=self._accounts.committed_tokens,
-            prompt_tokens=self._accounts.prompt_tokens,
-            cached_tokens=self._accounts.cached_tokens,
-            running=running,
-            waiting=sum(replica.num_waiting for replica in replicas),
+            settled=accounts.settled,
+            errors=accounts.errors,
+            committed_tokens=accounts.committed_tokens,
+            generated_tokens=accounts.generated_tokens,
+            prompt_tokens=accounts.prompt_tokens,
+            cached_tokens=accounts.cached_tokens,
+            running=sum(replica.num_running for replica in at_work),
+            waiting=sum(replica.num_waiting for replica in at_work),
             slots=sum(lane.slots for lane in self._dispatcher.lanes.values()),
-            kv_cache_usage=max((replica.kv_cache_usage for replica in replicas), default=0.0),
-            deaths=self._accounts.engine_deaths,
+            kv_cache_usage=max((replica.kv_cache_usage for replica in at_work), default=0.0),
+            preemptions=sum(replica.num_preemptions for replica in replicas),
+            deaths=accounts.engine_deaths,
         )
-        self._hooks.tick()
 
     def _made(self, replica: Replica) -> int:
         return max(replica.generated, replica.received)

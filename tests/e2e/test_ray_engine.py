@@ -123,13 +123,47 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_dead_rank_is_reported(ray_cluster, tiny_checkpoint) -> None:
-    llm = LLM(tiny_checkpoint("llama"), dtype="float32", max_num_seqs=16)
+def test_a_dead_rank_is_replaced(ray_cluster, tiny_checkpoint, local_llm) -> None:
+    """Killed while idle and in the middle of a call: every row comes out as if nothing had been."""
+    folder = tiny_checkpoint("llama")
+    every = [
+        SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0.8, seed=5, max_tokens=60, ignore_eos=True, prompt_logprobs=1),
+    ]
+    prompts, params = PROMPTS * 4, (every * 32)[:64]
+    expected = local_llm(folder, max_num_seqs=16).generate(prompts, params, use_tqdm=False)
+    with LLM(folder, dtype="float32", max_num_seqs=16, tensor_parallel_size=2, decode_burst=1) as llm:
+        os.kill(llm.collective_rpc(worker_pid)[1], signal.SIGKILL)
+        assert ids(llm.generate(prompts[:1], params[:1], use_tqdm=False)) == ids(expected[:1])
+        victim = llm.collective_rpc(worker_pid)[1]
+        llm.collective_rpc(end_in, args=(1.0,), timeout=30)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert ids(outputs) == ids(expected)
+        for output, other in zip(outputs, expected, strict=True):
+            assert len(output.prompt_logprobs or []) == len(other.prompt_logprobs or [])
+            for found, wanted in zip(output.outputs[0].logprobs or [], other.outputs[0].logprobs or [], strict=True):
+                assert {t: e.logprob for t, e in found.items()} == pytest.approx(
+                    {t: e.logprob for t, e in wanted.items()}, abs=1e-4
+                )
+        assert victim not in llm.collective_rpc(worker_pid)
+        assert {m.name: m for m in llm.get_metrics()}["shoal:engine_restarts"].value == 2
+
+
+def test_restarts_are_bounded(ray_cluster, tiny_checkpoint) -> None:
+    llm = LLM(tiny_checkpoint("llama"), dtype="float32", max_num_seqs=16, max_rank_restarts=0)
     (pid,) = llm.collective_rpc(worker_pid)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="dead"):
+    with pytest.raises(RuntimeError, match=r"the ranks died 1 times .*max_rank_restarts=0.*rank 0"):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     llm.shutdown()
+
+
+def end_in(worker, seconds):
+    """Rank 1 dies in so many seconds, whatever it does then."""
+    import threading
+
+    if worker.rank == 1:
+        threading.Timer(seconds, os._exit, (9,)).start()
 
 
 def worker_pid(worker):
@@ -172,6 +206,7 @@ def alive(pid: int) -> bool:
 def test_start_up_errors_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
     from ray.util.placement_group import placement_group_table
 
+    from shoal.driver.config import make_config
     from shoal.driver.worker_group import WorkerGroup
 
     folder = tiny_checkpoint("llama")
@@ -182,5 +217,5 @@ def test_start_up_errors_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
     with pytest.raises(ValueError, match=r"layers \(3\) must be at least the pipeline parallel size \(4\)"):
         LLM(folder, dtype="float32", pipeline_parallel_size=4)
     with pytest.raises(RuntimeError, match="could not place"):
-        WorkerGroup((300, 1), "cpu", 1.0, {})
+        WorkerGroup(make_config(model=folder, tensor_parallel_size=300, placement_timeout_s=1.0), "cpu", {})
     assert not [g for g in placement_group_table().values() if g["state"] == "PENDING"]

@@ -131,6 +131,7 @@ def wait_for(condition, job, said) -> None:
 
 @pytest.fixture
 def stub_model_folder(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(STUB_CLI.parent)!r}); import stub_ranks; stub_ranks.make_model({str(tmp_path / 'model')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import stub_ranks; stub_ranks.make_model({str(tmp_path / 'model')!r})"
+    path = f"{STUB_CLI.parent}:{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
     return str(tmp_path / "model")

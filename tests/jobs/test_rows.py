@@ -125,7 +125,8 @@ def test_parts_and_completion_order(run, write_rows, tmp_path):
     assert sorted(os.listdir(tmp_path / "parts")) == ["_shoal", "part-00000.jsonl"]
 
 
-def test_an_object_store(run, write_rows):
+def test_an_object_store(run, write_rows, monkeypatch):
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")  # answers come a few at a time
     ran = run(write_rows(ROWS), output="memory://jobs/a.jsonl", object_rows=7)
     assert ran.code == Exit.COMPLETED
     files = fsspec.filesystem("memory")

@@ -21,7 +21,7 @@ from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
 from shoal.driver.jobs.model import RowModel
-from shoal.workers.actor import Worker
+from shoal.workers.actor import ACTOR_OPTIONS, Worker, whereabouts
 from shoal.workers.plan import StepOutput
 
 EOS = 2
@@ -41,15 +41,26 @@ class StubRunner:
         self._step_s, self._tokens_file = step_s, tokens_file
         self._rows: dict[int, list] = {}  # stream, tokens made, length, stops
         self._made = 0
+        self._most_tokens = int(os.environ.get("SHOAL_STUB_MOST_TOKENS", "1000000"))
 
     def allocate_kv(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
 
+    def free_memory(self) -> None:
+        pass
+
     def execute(self, plan):
+        tokens = int(plan.num_scheduled_tokens.sum())
+        if tokens > self._most_tokens:
+            raise MemoryError(f"{tokens} tokens in a step, and there is memory for {self._most_tokens}")
         for new in plan.new_rows:
             sampling = new.sampling
             if sampling.extra_args.get("kill"):
                 os._exit(9)
+            if sampling.extra_args.get("greedy"):
+                raise MemoryError("a row that fits no memory")
+            if sampling.extra_args.get("hang"):
+                time.sleep(3600)
             length = sampling.extra_args.get("length", 1 << 30)
             made = len(new.token_ids) - new.num_prompt_tokens
             self._rows[new.row] = [sampling.stream, made, length, EOS in sampling.stop_ids]
@@ -87,9 +98,7 @@ class StubWorker(Worker):
     """A rank that never imports torch."""
 
     def probe(self, device):
-        context = ray.get_runtime_context()
-        return {"pid": os.getpid(), "node_id": context.get_node_id(), "node_ip": ray.util.get_node_ip_address(),
-                "num_cpus": 1}  # fmt: skip
+        return whereabouts() | {"num_cpus": 1, "gpus": ray.get_gpu_ids()}
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
@@ -113,13 +122,26 @@ class StubDriver(Driver):
     """The real driver, whose ranks are stubs."""
 
     def __init__(self, *arguments) -> None:
-        worker_group.RemoteWorker = ray.remote(
-            max_restarts=0, max_concurrency=8, concurrency_groups={"watch": 1}
-        )(StubWorker)  # fmt: skip
+        worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
+        if os.environ.get("SHOAL_STUB_SPARE_RANKS"):  # those that are given up live on, as if they could not be reached
+            worker_group.WorkerGroup.kill = worker_group.WorkerGroup.discard = spare
         super().__init__(*arguments)
 
     def rank_pids(self) -> list[int]:
-        return [probe["pid"] for probe in self._group.probes]
+        return [probe["pid"] for probe in self._gang.group.probes]
+
+    def rank_places(self) -> list[tuple[str, list[int]]]:
+        """Node and GPUs of each rank."""
+        return [(probe["node_id"], probe["gpus"]) for probe in self._gang.group.probes]
+
+    def captured(self) -> bool:
+        """Whether this actor is in somebody's placement group."""
+        return ray.util.get_current_placement_group() is not None
+
+
+def spare(group) -> None:
+    if group._channel is not None:
+        group._channel.close()
 
 
 def install() -> Any:
@@ -133,8 +155,8 @@ def install() -> Any:
 class StubModel(RowModel):
     """A model whose engines have stub ranks, in whatever process they are started."""
 
-    def starter(self):
-        start = super().starter()
+    def starter(self, solo_deaths):
+        start = super().starter(solo_deaths)
 
         def begin(place=None):
             engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)

@@ -1,0 +1,81 @@
+"""Where ranks go: one placement group for a replica, and words for why there is no place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from shoal.driver.log import LOGGER
+
+IMPOSSIBLE_S = 10.0  # how long what no node could hold is waited for: a node may just be joining
+_REMIND_S = 10.0
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot place the ranks."""
+
+
+def reserve(
+    bundle: dict[str, float], count: int, timeout_s: float, wait_for_nodes: bool, node_id: str | None = None
+) -> PlacementGroup:
+    """A placement group of `count` equal bundles, packed onto as few nodes as hold them, or all on the node `node_id`.
+
+    PlacementError, which says what is missing, after `timeout_s` seconds; after IMPOSSIBLE_S where the nodes that there
+    are could not hold the bundles if they were empty, unless `wait_for_nodes`. While it waits, the log says for what.
+    """
+    began, since = time.monotonic(), time.strftime("%H:%M:%S")
+    selector = None if node_id is None else [{"ray.io/node-id": node_id}] * count
+    group = placement_group([bundle] * count, strategy="PACK", bundle_label_selector=selector)
+    reminded = 0.0
+    try:
+        while not group.wait(0.5):
+            waited = time.monotonic() - began
+            lack = _lack(bundle, count)
+            impossible = not wait_for_nodes and _places(bundle, "Resources") < count and waited > IMPOSSIBLE_S
+            if waited > timeout_s or impossible:
+                raise PlacementError(
+                    f"the Ray cluster could not place the ranks within {waited:.0f} s: {lack} (driver on "
+                    f"{socket.gethostname()}, pid {os.getpid()}). Free resources, add nodes, lower "
+                    "tensor_parallel_size or pipeline_parallel_size, or raise placement_timeout_s."
+                )
+            if waited - reminded > _REMIND_S:
+                reminded = waited
+                LOGGER.warning("waiting for places since %s: %s", since, lack)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _places(bundle: dict[str, float], key: str) -> int:
+    """Bundles that the living nodes hold."""
+    return sum(_fits(bundle, node[key]) for node in ray.nodes() if node["Alive"])
+
+
+def _fits(bundle: dict[str, float], resources: dict[str, float]) -> int:
+    return min(int((resources.get(name, 0.0) + 1e-6) // need) for name, need in bundle.items())
+
+
+def _lack(bundle: dict[str, float], count: int) -> str:
+    """What the bundles need, what there is, and which of it stands in the way."""
+    needs = ", ".join(f"{need:g} {name}" for name, need in bundle.items())
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    total, free = ray.cluster_resources(), ray.available_resources()
+    sums = "; ".join(
+        f"{name}: {need * count:g} needed, {free.get(name, 0):g} free of {total.get(name, 0):g}"
+        for name, need in bundle.items()
+    )
+    text = f"{count} x ({needs}), each on one node, of {len(nodes)} nodes. {sums}"
+    held = _places(bundle, "Resources")
+    if held >= count:
+        return f"{text}. They would fit, but what they need is taken"
+    largest: dict[str, Any] = {
+        name: max((node["Resources"].get(name, 0.0) for node in nodes), default=0.0) for name in bundle
+    }
+    most = ", ".join(f"{value:g} {name}" for name, value in largest.items())
+    return f"{text}. The nodes hold {held} of {count} even when idle: the most that one has is {most}"

@@ -1,0 +1,112 @@
+"""Engines that come and go leave nothing: no process, actor, placement group, shared memory, port or file."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal import LLM, SamplingParams
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+
+def named_after_actors() -> list[str]:
+    """Processes that are an actor of ours: Ray names a worker's process after its actor."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes().split(b"\0")[0].decode("utf-8", "replace")
+            parent = (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1]
+        except OSError:
+            continue
+        if title.startswith(("ray::Driver", "ray::Worker")) and int(parent) in descendants(os.getpid()):
+            found.append(title)
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """This process and all below it, by /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def sockets(pids: set[int]) -> int:
+    """Sockets on which these processes listen."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/unix").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    listening = {row[9] for row in rows if len(row) > 9 and row[3] == "0A"}  # TCP
+    listening |= {row[6] for row in rows if len(row) > 6 and row[3] == "00010000"}  # Unix
+    return len(inodes & listening)
+
+
+def state() -> dict[str, object]:
+    """What an engine could leave."""
+    import ray
+    from ray.util import placement_group_table
+
+    session = os.path.basename(ray._private.worker._global_node.get_session_dir_path())
+    return {
+        "groups": [g["name"] for g in placement_group_table().values() if g["state"] != "REMOVED"],
+        "cpus": ray.available_resources().get("CPU"),
+        "actors": named_after_actors(),
+        "shared memory": sorted(n for n in os.listdir("/dev/shm") if not n.startswith("plasma")),
+        "files": sorted(n for n in os.listdir("/tmp") if n.startswith(("pymp-", "listener-", "shoal-")))
+        if session
+        else [],
+        "own descriptors": len(os.listdir("/proc/self/fd")),
+    }
+
+
+def run_rounds(folder: str, rounds: int, **arguments: object) -> None:
+    expected = None
+    before: dict[str, object] = {}
+    for number in range(rounds + 1):  # the first one warms up: workers that Ray keeps, its connections
+        with LLM(folder, dtype="float32", max_num_seqs=4, max_model_len=64, **arguments) as llm:
+            tokens = [list(o.outputs[0].token_ids) for o in llm.generate([[3, 4, 5]], PARAMS, use_tqdm=False)]
+        assert tokens == (expected := expected or tokens)
+        now = settle(before)
+        if number == 0:
+            before = now
+        assert {**now, "own descriptors": 0} == {**before, "own descriptors": 0}, f"after round {number}"
+        assert now["own descriptors"] <= before["own descriptors"] + 8
+        assert not now["actors"]
+
+
+def settle(before: dict[str, object]) -> dict[str, object]:
+    """The state, once what ends has ended."""
+    deadline = time.monotonic() + 20
+    while (now := state())["actors"] or now["groups"] or (before and now["cpus"] != before["cpus"]):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return now
+
+
+def test_engines_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
+    run_rounds(tiny_checkpoint("llama"), 2, tensor_parallel_size=2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_hundred_engines_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
+    run_rounds(tiny_checkpoint("llama"), 100)
