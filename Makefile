@@ -50,7 +50,7 @@ lint: $(VENV)/.dev
 
 # Half an hour and more; SOAK_ARGS="-k rounds", SHOAL_SOAK_ROUNDS=50 and SHOAL_SOAK_SEED=1000 choose what.
 soak: $(VENV)/.dev $(RAY_TOKEN)
-	@env -u RAY_ADDRESS $(BIN)/python -m pytest -m soak -s tests/jobs/soak $(SOAK_ARGS)
+	@env -u RAY_ADDRESS $(BIN)/python -m pytest -m soak -s tests/jobs/soak tests/deploy $(SOAK_ARGS)
 
 # Small enough for a CPU; on a GPU: make bench BENCH_ARGS="--workload nano"
 bench: BENCH_ARGS ?= --model tiny --num-requests 64 --output-len 16:256

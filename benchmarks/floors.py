@@ -8,11 +8,10 @@ Without figures of a card: an H100 and an H200 with their nominal bandwidth.
 import argparse
 
 from shoal.driver.bench.floors import (
+    CARDS,
     Ceilings,
     decode_seconds,
-    head_params,
-    kv_bytes_per_token,
-    layer_params,
+    kv_room,
     prefill_seconds,
     serial_floor,
 )
@@ -20,19 +19,8 @@ from shoal.driver.bench.models import model_spec
 from shoal.driver.bench.workloads import WORKLOADS
 
 ITEM_BYTES = 2
-CARDS = {  # nominal read rate, matrix products as measured, attention of prompts as FA3 does it; memory in bytes
-    "H100": (Ceilings(3.35e12, 800e12, 550e12), 80e9),
-    "H200": (Ceilings(4.80e12, 800e12, 550e12), 141e9),
-}
 MODELS = ("qwen3-0.6b", "llama-3.1-8b")
 MAX_ROWS = 1024
-USED_SHARE, RESERVED_BYTES = 0.9, 3e9  # of the memory; what activations and the runtime take
-
-
-def kv_room(spec, memory):
-    """Tokens that fit beside the weights."""
-    weights = (layer_params(spec) + head_params(spec) * (1 if spec.tie_word_embeddings else 2)) * ITEM_BYTES
-    return max(0, int((memory * USED_SHARE - weights - RESERVED_BYTES) / kv_bytes_per_token(spec, ITEM_BYTES)))
 
 
 def print_steps(ceilings):
@@ -57,7 +45,12 @@ def print_workloads(ceilings, memory):
     for name, work in WORKLOADS.items():
         spec, requests = model_spec(work.model), work.draw(work)
         floor = serial_floor(
-            spec, ceilings, requests, item_bytes=ITEM_BYTES, max_rows=MAX_ROWS, kv_tokens=kv_room(spec, memory)
+            spec,
+            ceilings,
+            requests,
+            item_bytes=ITEM_BYTES,
+            max_rows=MAX_ROWS,
+            kv_tokens=kv_room(spec, memory, ITEM_BYTES),
         )
         rate = sum(request.num_output for request in requests) / floor.seconds
         parts = (floor.prefill_s, floor.weights_s, floor.kv_s, floor.logits_s)

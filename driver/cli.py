@@ -12,6 +12,7 @@ from shoal.driver.secrecy import masked
 # Name, what it does, and the module with its `add_arguments(parser)` and `run(args) -> exit status`.
 COMMANDS = {
     "bench": ("measure the engine on made-up work", "shoal.driver.bench.command"),
+    "plan": ("say what a batch job would do, without an engine", "shoal.driver.jobs.plan.command"),
     "report": ("draw what a batch job did", "shoal.driver.jobs.commands.report"),
     "run-batch": ("answer the rows of files, each exactly once", "shoal.driver.jobs.commands.run_batch"),
 }

@@ -33,6 +33,13 @@ class Ceilings:
     attention_flops_per_s: float
 
 
+CARDS = {  # nominal read rate, matrix products as measured, attention of prompts as FA3 does it; memory in bytes
+    "H100": (Ceilings(3.35e12, 800e12, 550e12), 80e9),
+    "H200": (Ceilings(4.80e12, 800e12, 550e12), 141e9),
+}
+_USED_SHARE, _RESERVED_BYTES = 0.9, 3e9  # of a card's memory; what activations and the runtime take
+
+
 @dataclass(frozen=True, slots=True)
 class Floor:
     """Seconds that each kind of work takes at least, and how many decode steps there are."""
@@ -69,6 +76,17 @@ def head_params(spec: ModelSpec) -> int:
 def kv_bytes_per_token(spec: ModelSpec, item_bytes: int) -> int:
     """Bytes of the KV cache for each token."""
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * item_bytes
+
+
+def weight_bytes(spec: ModelSpec, item_bytes: int) -> int:
+    """Bytes of all weights that count: matrices of the layers, LM head, embedding where it is another."""
+    return (layer_params(spec) + head_params(spec) * (1 if spec.tie_word_embeddings else 2)) * item_bytes
+
+
+def kv_room(spec: ModelSpec, memory: float, item_bytes: int) -> int:
+    """Tokens of KV that fit beside the weights into `memory` bytes of cards."""
+    free = memory * _USED_SHARE - weight_bytes(spec, item_bytes) - _RESERVED_BYTES
+    return max(0, int(free / kv_bytes_per_token(spec, item_bytes)))
 
 
 def attention_flops(spec: ModelSpec, context: float) -> float:

@@ -87,6 +87,7 @@ class Job:
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
+        self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
@@ -178,6 +179,7 @@ class Job:
         )
         if self._stop.asked:
             return None
+        self._num_faults = result.num_faults
         if result.num_faults and config.on_invalid == "stop":
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
@@ -221,6 +223,9 @@ class Job:
         start = self._model.starter(config.solo_deaths)
         hooks = Hooks(start, places, self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
+        known = self._accounts.total_rows
+        if known is not None and known - self._num_faults > len(recovered.done):
+            self._runner.start_engines()  # there is work for them, however far in the input
         try:
             self._runner.run()
         finally:

@@ -18,6 +18,15 @@ def dump(value: Any) -> bytes:
         return _dump_anything(value)
 
 
+def load(data: bytes) -> dict[str, Any]:
+    """An object that `dump` has written."""
+    try:
+        found: dict[str, Any] = orjson.loads(data)
+    except orjson.JSONDecodeError:  # surrogates
+        found = json.loads(data)
+    return found
+
+
 def _dump_anything(value: Any) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()

@@ -99,6 +99,11 @@ class Runner:
             self._feeder.stop()
             self._engines.stop()
 
+    def start_engines(self) -> None:
+        """Starts all replicas, unless they were started before."""
+        if not self.replicas:
+            self._start(self._engines.begin)
+
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
         for replica in self._engines.join(timeout_s):
@@ -165,7 +170,7 @@ class Runner:
         elif isinstance(event, Down):
             self._on_down(event)
         elif isinstance(event, NeedEngine):
-            self._start_engines(self._engines.begin)
+            self.start_engines()
         else:
             assert isinstance(event, Exhausted)
             if event.error is not None:
@@ -269,9 +274,9 @@ class Runner:
 
     def _replace(self, event: Down, error: Exception) -> None:
         if not self._stop.asked:
-            self._start_engines(lambda: self._engines.went_down(event, error))
+            self._start(lambda: self._engines.went_down(event, error))
 
-    def _start_engines(self, start: Callable[[], None]) -> None:
+    def _start(self, start: Callable[[], None]) -> None:
         try:
             start()
         except (ValueError, TypeError) as wrong:  # the user's: trying again changes nothing

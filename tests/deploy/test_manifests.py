@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -259,18 +261,20 @@ def test_kuberay_cluster():
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
 
 
-def test_the_job_is_a_command_that_shoal_takes():
-    import argparse
-    import shlex
-
+def job_of(words: list[str]):
+    """What `shoal run-batch` makes of a command line."""
     from shoal.driver.jobs.commands.run_batch import add_arguments, job_config
 
-    spec = load(KUBERAY[1])["spec"]
-    program, command, *arguments = shlex.split(spec["entrypoint"])
+    program, command, *arguments = words
     assert (program, command) == ("shoal", "run-batch")
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
-    job = job_config(parser.parse_args(arguments))
+    return job_config(parser.parse_args(arguments))
+
+
+def test_the_job_is_a_command_that_shoal_takes():
+    spec = load(KUBERAY[1])["spec"]
+    job = job_of(shlex.split(spec["entrypoint"]))
     assert job.output.startswith("/mnt/data/")  # a volume that outlives the cluster: a retry is a new one
     assert spec["backoffLimit"] > 0
 
@@ -298,3 +302,20 @@ def test_every_manifest_is_checked():
     found = {name for name in found if "__pycache__" not in name and not name.endswith(".py")}
     assert found | {"cluster.yaml"} == set(ALL)
     assert os.access(ROOT / "docker/stop_jobs.py", os.R_OK)
+
+
+@pytest.mark.parametrize("name", ["docs/deploying.md"])
+def test_the_lines_of_the_page(name):
+    """Every job it sends is one that Shoal takes, by flags of `ray job submit`, and every file it names is there."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    sent = [shlex.split(line, comments=True) for line in lines if "shoal run-batch" in line]
+    assert len(sent) >= 4
+    for words in sent:
+        start = words.index("--")
+        before = words[words.index("ray") : start]
+        assert before[:5] == ["ray", "job", "submit", "--address", "http://127.0.0.1:8265"]
+        assert before[5::2] in ([], ["--submission-id"])
+        assert job_of(words[start + 1 :]).input
+    for found in re.findall(r"(?:docker/[\w./-]+\w|cluster\.yaml|tests/[\w./-]+\w)", read(name)):
+        assert (ROOT / found).exists(), found

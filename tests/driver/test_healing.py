@@ -17,6 +17,7 @@ from shoal.driver.actor import Driver
 from shoal.driver.config import make_config
 from shoal.driver.healing import EngineDeadError
 from shoal.driver.params import SamplingParams
+from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest
 from shoal.driver.worker_group import RankDiedError, StepMemoryError
 from shoal.workers.config import LoadConfig
@@ -122,7 +123,7 @@ def start(monkeypatch, stub_ranks):
             device="cpu", disable_log_stats=True, **arguments,
         )  # fmt: skip
         driver = Driver(config, [None, 0], {})
-        driver._gang.place()
+        driver._gang.place(Place())
         spec = SimpleNamespace(
             max_position_embeddings=128, check_tensor_parallel=lambda n: None, check_pipeline_parallel=lambda n: None,
             architecture="Stub", checkpoint_dtype="float32",

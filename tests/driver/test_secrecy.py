@@ -102,7 +102,7 @@ def test_no_secret_goes_into_a_runtime_env(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", TOKEN)
     monkeypatch.setenv("HF_TOKEN_PATH", "/run/secrets/hf_token")
-    sent = engine._env()
+    sent = engine.environment()
     assert TOKEN not in repr(sent)
     assert sent["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
 

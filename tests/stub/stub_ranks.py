@@ -37,7 +37,7 @@ def token_at(stream: int, position: int) -> int:
 class StubRunner:
     """What a rank computes: nothing."""
 
-    def __init__(self, step_s: float, tokens_file: Path | None) -> None:
+    def __init__(self, step_s: float, tokens_file: int | None) -> None:
         self._step_s, self._tokens_file = step_s, tokens_file
         self._rows: dict[int, list] = {}  # stream, tokens made, length, stops
         self._made = 0
@@ -79,7 +79,7 @@ class StubRunner:
             row[1] = made
         self._made += int((out >= 0).sum())
         if self._tokens_file is not None:
-            self._tokens_file.write_text(str(self._made))
+            os.pwrite(self._tokens_file, b"%020d" % self._made, 0)  # whole, whenever the process is killed
         return StubPending(StepOutput(plan.step_id, out), time.monotonic() + self._step_s * plan.num_steps)
 
 
@@ -102,7 +102,9 @@ class StubWorker(Worker):
 
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
-        tokens_file = None if folder is None or config.rank else Path(folder, f"{os.getpid()}")
+        tokens_file = None
+        if folder is not None and not config.rank:
+            tokens_file = os.open(Path(folder, f"{os.getpid()}"), os.O_CREAT | os.O_WRONLY, 0o644)
         self.runner = StubRunner(float(os.environ.get("SHOAL_STUB_STEP_S", "0.002")), tokens_file)
         return {"load_s": 0.0, "weight_bytes": 1, "block_bytes": 1024}
 

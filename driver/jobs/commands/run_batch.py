@@ -8,7 +8,7 @@ from typing import Any
 from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
 from shoal.driver.jobs.config import JobConfig, load_job, make_job
 
-_DEST = "job."
+JOB_DEST = "job."  # keeps a job's fields apart from a command's own arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", help=JobConfig.model_fields["output"].description)
     parser.add_argument("--model", metavar="M", help="local folder, one .gguf file, or a hub id")
     group = parser.add_argument_group("job options", "what is not given keeps its default, or what the job file says")
-    add_field_options(group, JobConfig, {"input", "output", "engine"}, _DEST)
+    add_field_options(group, JobConfig, {"input", "output", "engine"}, JOB_DEST)
     add_engine_options(parser)
 
 
 def job_config(args: argparse.Namespace) -> JobConfig:
     """The job that the arguments describe. ValueError where they describe none."""
-    changes: dict[str, Any] = {k.removeprefix(_DEST): v for k, v in vars(args).items() if k.startswith(_DEST)}
+    changes: dict[str, Any] = {k.removeprefix(JOB_DEST): v for k, v in vars(args).items() if k.startswith(JOB_DEST)}
     changes |= {name: value for name in ("input", "output") if (value := getattr(args, name)) is not None}
     engine = engine_arguments(args)
     if args.model is not None:

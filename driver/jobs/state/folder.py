@@ -44,11 +44,12 @@ class Folder(StateStore):
                     found[entry.name] = entry.stat().st_size
         return found
 
-    def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """Reads up to `size` bytes."""
+    def chunks(self, name: str, size: int, start: int = 0) -> Iterator[bytes]:
+        """Reads from `start` up to `size`."""
         with open(os.path.join(self.path, name), "rb") as file:
-            while size > 0 and (data := file.read(min(_CHUNK, size))):
-                size -= len(data)
+            file.seek(start)
+            while start < size and (data := file.read(min(_CHUNK, size - start))):
+                start += len(data)
                 yield data
 
     def record(self, name: str, offset: int) -> bytes:

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.driver.jobs.json_text import dump
+from shoal.driver.jobs.json_text import dump, load
 from shoal.driver.jobs.state.store import StateStore, seal_name
 
 TERMINAL = ("ok", "err")
 _OFFSET_BITS = 40
 _ERROR_MARK = b'{"t":"err"'
 _CRC_CHARS = 9  # eight digits and a space
+_TAIL_BYTES = 1 << 20
 
 
 class SupersededError(RuntimeError):
@@ -115,8 +116,7 @@ def check(line: bytes) -> bool:
 def _meta(line: bytes) -> dict[str, Any] | None:
     if not check(line):
         return None
-    found: dict[str, Any] = json.loads(line[_CRC_CHARS : line.index(b"\t")])
-    return found
+    return load(line[_CRC_CHARS : line.index(b"\t")])
 
 
 def _claim_next(store: StateStore) -> int:
@@ -143,18 +143,22 @@ def _seal_older(store: StateStore, epoch: int) -> dict[str, int]:
 
 
 def _whole_length(store: StateStore, name: str, size: int) -> int:
-    """Bytes up to the end of the last whole line."""
-    length = 0
-    for offset, line in _lines(store, name, size):
-        if check(line):
-            length = offset + len(line) + 1
-    return length
+    """Bytes up to the end of the last whole line; only the part's end is read, unless there is none in it."""
+    for window in (_TAIL_BYTES, size):
+        start = max(0, size - window)
+        length = 0
+        for offset, line in _lines(store, name, size, start):  # the first one is cut, and fails its check
+            if check(line):
+                length = offset + len(line) + 1
+        if length or not start:
+            return length
+    return 0
 
 
-def _lines(store: StateStore, name: str, size: int) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each line that ends, without its end."""
-    offset, rest = 0, b""
-    for chunk in store.chunks(name, size):
+def _lines(store: StateStore, name: str, size: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each line that ends, without its end; from `start` on, be it in the middle of a line."""
+    offset, rest = start, b""
+    for chunk in store.chunks(name, size, start):
         lines = (rest + chunk).split(b"\n")
         rest = lines.pop()
         for line in lines:

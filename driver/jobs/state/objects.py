@@ -46,9 +46,9 @@ class Objects(StateStore):
             return {}
         return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in listing if e["type"] == "file"}
 
-    def chunks(self, name: str, size: int) -> Iterator[bytes]:
+    def chunks(self, name: str, size: int, start: int = 0) -> Iterator[bytes]:
         """An object is small: one piece."""
-        yield self._filesystem.cat_file(self._at(name))[:size]
+        yield self._filesystem.cat_file(self._at(name))[start:size]
 
     def record(self, name: str, offset: int) -> bytes:
         """From the object, of which the last few that were used are kept."""

@@ -55,8 +55,8 @@ class StateStore(ABC):
         """Name and size of everything in the store."""
 
     @abstractmethod
-    def chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """The first `size` bytes of a part, piece by piece."""
+    def chunks(self, name: str, size: int, start: int = 0) -> Iterator[bytes]:
+        """Bytes `start` to `size` of a part, piece by piece."""
 
     @abstractmethod
     def record(self, name: str, offset: int) -> bytes:

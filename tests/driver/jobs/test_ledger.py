@@ -216,3 +216,21 @@ def test_stores_without_conditional_writes_are_refused(tmp_path):
         open_store(Careless(), "x", local=False, rows=1, seconds=1)
     assert isinstance(open_store(None, str(tmp_path), local=True, rows=1, seconds=1), Folder)
     assert isinstance(open_store(fsspec.filesystem("memory"), "/x", local=False, rows=1, seconds=1), Objects)
+
+
+def test_the_end_of_a_long_part_is_enough(tmp_path, monkeypatch):
+    """Clause 12: a take-over reads a part's end, and all of it where that holds no whole line."""
+    from shoal.driver.jobs.state import ledger as module
+
+    lines = [encode({"t": "ok", "index": n, "id": "\ud800"}, b'{"n":1}') for n in range(50)]
+    whole = b"".join(lines)
+    for tail in (1, 40, len(lines[0]) + 7, 10_000):
+        monkeypatch.setattr(module, "_TAIL_BYTES", tail)
+        for rest in (b"", lines[0][:-1], b"x" * 100 + b"\n", b"\n" * 30, lines[0][3:]):
+            folder = tmp_path / f"{tail}-{hash(rest)}"
+            store = Folder(str(folder))
+            (folder / part_name(1)).write_bytes(whole + rest)
+            ledger = Ledger(store)
+            assert numbers(ledger) == list(range(50))
+            assert ledger.num_torn_bytes == len(rest)
+            ledger.close()

@@ -84,3 +84,18 @@ def test_twenty_jobs_leave_nothing(start, processes, write_rows, tmp_path):
         assert ran.end(120) == 0, ran.log.read_text()[-3000:]
         assert settled() == before, f"after job {i}"
     print(f"SOAK 20 jobs: before and after {before}", flush=True)
+
+
+def test_rows_that_hang(start, write_rows):
+    """Clause 10: a row in which the rank sleeps for ever is treated as one that kills; the others are answered."""
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(200)]
+    rows[50]["sampling_params"] = {"extra_args": {"hang": True}}
+    engine = {"max_num_seqs": 16, "step_timeout_s": 2}
+    ran = start(write_rows(rows), engine=engine, env={"SHOAL_STUB_STEP_S": "0.01"})
+    started = time.monotonic()
+    assert ran.end(300) == 0, ran.log.read_text()[-3000:]
+    found = ran.rows()
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    assert [(row["id"], row["error"]["code"]) for row in found if row["error"]] == [("r50", "engine_killed")]
+    wall, deaths = time.monotonic() - started, ran.report()["engines"]["deaths"]
+    print(f"SOAK a row that hangs, step deadline 2 s: all rows settled in {wall:.0f} s, {deaths} deaths", flush=True)
