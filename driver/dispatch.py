@@ -38,6 +38,13 @@ class Tries:
         """All of them."""
         return self.in_company + self.alone + self.ranks_in_company + self.ranks_alone
 
+    def story(self, last: str) -> str:
+        """Why a row was put aside, for people."""
+        return (
+            f"the engine died {self.alone} times with this row alone in it, and {self.in_company} times with others; "
+            f"the last time: {last}"
+        )
+
     def add(self, alone: bool, of_ranks: bool) -> None:
         """One more."""
         if of_ranks:

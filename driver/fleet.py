@@ -304,11 +304,7 @@ class Fleet:
             self._failure = EngineDeadError(f"the engines are dead: {last}")
 
     def _put_aside(self, sequence: Dispatched, error: Exception) -> None:
-        tries = sequence.tries
-        message = (
-            f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {brief_error(error)}"
-        )
+        message = sequence.tries.story(brief_error(error))
         del self._sequences[sequence.index]
         self._finished.append(FinishedRequest(sequence.index, [], "error", error=message))
 

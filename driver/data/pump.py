@@ -153,11 +153,7 @@ class Pump:
         verdict = self._dispatcher.died(0)
         LOGGER.warning("the pipeline's engine died with %d rows in it: %s", len(verdict.tried), error)
         if verdict.guilty is not None:
-            tries = verdict.guilty.tries
-            message = (
-                f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with "
-                f"others; the last time: {error}"
-            )
+            message = verdict.guilty.tries.story(str(error))
             self._settle(verdict.guilty, Fault("engine_killed", "engine", message))
         if self._deaths_in_a_row > self._max_restarts:
             raise error

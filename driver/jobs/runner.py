@@ -285,11 +285,7 @@ class Runner:
             raise JobError(Exit.FAILED, str(lack)) from None
 
     def _put_aside(self, work: Work, error: BaseException) -> None:
-        tries = work.tries
-        message = (
-            f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {brief_error(error)}"
-        )
+        message = work.tries.story(brief_error(error))
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
         self._samples.event("quarantine", f"row {work.row_id} is put aside: {message}")
         self._committer.error(work, Fault("engine_killed", "engine", message))
