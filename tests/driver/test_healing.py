@@ -46,7 +46,7 @@ class FakeGroup:
     faults: queue.SimpleQueue  # (method, exception to raise in it), in order
     made: list
 
-    def __init__(self, config, device, env):
+    def __init__(self, config, device, env, node_id=None):
         self.device, self.world_size, self.stage_size, self.num_stages = device, 1, 1, 1
         self.probes = [{"pid": 1, "born": 1, "node_id": "n", "node_ip": "ip", "num_cpus": 1}]
         self.ranks, self.calls = [], []
