@@ -58,12 +58,9 @@ class _Entry(Generic[ItemT]):
     out: bool = False  # in the engine
 
     @property
-    def order(self) -> tuple[int, int, int]:
-        """Among the waiting: by priority, long ones first where that is known, then as they came."""
-        return self.item.priority, -self.known_length, self.item.index
-
-    def __lt__(self, other: _Entry[ItemT]) -> bool:
-        return self.order < other.order
+    def ranked(self) -> tuple[int, int, int, _Entry[ItemT]]:
+        """With its order among the waiting: by priority, long ones first where that is known, then as they came."""
+        return self.item.priority, -self.known_length, self.item.index, self
 
 
 @dataclass(slots=True)
@@ -71,7 +68,7 @@ class _Shelf(Generic[ItemT]):
     """What waits for one lane (a heap), and how much the lane has to do."""
 
     capacity: int  # tokens that its cache holds
-    heap: list[_Entry[ItemT]] = field(default_factory=list)
+    heap: list[tuple[int, int, int, _Entry[ItemT]]] = field(default_factory=list)
     waiting_tokens: int = 0
     held_tokens: int = 0  # of items in the engine
     prefixes: Counter[int] = field(default_factory=Counter)  # items it has, by what they share
@@ -129,7 +126,7 @@ class Router(Generic[ItemT]):
         for homes in self._homes.values():
             homes.chosen &= ~(1 << lane)
             homes.warm &= ~(1 << lane)
-        for entry in sorted(shelf.heap):
+        for *_, entry in sorted(shelf.heap):
             del self._entries[entry.item.index]
             self._place(entry)
         self._entries = {index: entry for index, entry in self._entries.items() if entry.lane != lane}
@@ -158,7 +155,7 @@ class Router(Generic[ItemT]):
         if entry is None or entry.out:
             return None
         shelf = self._shelves[entry.lane]
-        shelf.heap.remove(entry)
+        shelf.heap.remove(entry.ranked)
         heapq.heapify(shelf.heap)
         self._leave(entry)
         return self._entries.pop(index).item
@@ -166,12 +163,12 @@ class Router(Generic[ItemT]):
     def next_size(self, lane: int) -> int | None:
         """Size of the item that `pop` would give; None where nothing waits for the lane."""
         heap = self._shelves[lane].heap
-        return heap[0].item.size if heap else None
+        return heap[0][3].item.size if heap else None
 
     def pop(self, lane: int) -> ItemT:
         """The next item for the lane's engine."""
         shelf = self._shelves[lane]
-        entry = heapq.heappop(shelf.heap)
+        entry = heapq.heappop(shelf.heap)[3]
         entry.out = True
         shelf.waiting_tokens -= entry.tokens
         shelf.held_tokens += entry.tokens
@@ -189,11 +186,11 @@ class Router(Generic[ItemT]):
     def steal(self, thief: int, victim: int) -> int:
         """Evens out what the two have: rows go from the victim's shelf to the thief's; how many it were."""
         source = self._shelves[victim]
-        taken = self._worthwhile(sorted(source.heap, reverse=True), victim, thief, 1)
+        taken = self._worthwhile([entry for *_, entry in sorted(source.heap, reverse=True)], victim, thief, 1)
         chosen = {entry.item.index for entry in taken}
         for entry in taken:
             self._leave(entry)
-        source.heap = [entry for entry in source.heap if entry.item.index not in chosen]
+        source.heap = [ranked for ranked in source.heap if ranked[2] not in chosen]
         heapq.heapify(source.heap)
         self._settle(taken, victim, thief)
         return len(taken)
@@ -243,7 +240,7 @@ class Router(Generic[ItemT]):
             entry.tokens += self._again(entry, thief, victim)
             if entry.out:
                 self._warm(entry, thief)
-        left = {entry.keys[entry.group] for entry in self._shelves[victim].heap if entry.keys} if taken else set()
+        left = {entry.keys[entry.group] for *_, entry in self._shelves[victim].heap if entry.keys} if taken else set()
         for entry in taken:
             for key in entry.keys[entry.group :]:  # a prefix that the victim never began has moved as a whole
                 homes = self._home(key)
@@ -264,13 +261,13 @@ class Router(Generic[ItemT]):
             self._loose[entry.item.index] = entry
             return
         lanes, shared = self._matching(entry)
-        lane = min(lanes, key=self._score if shared else self._new_score)
+        if len(self._shelves) == 1:
+            lane = next(iter(self._shelves))
+        else:
+            lane = min(lanes, key=self.load if shared else self._new_score)
         prompt, size = len(entry.item.prompt_token_ids), entry.item.size
         entry.tokens = max(1, prompt - shared) + size * self._output_length(entry)
         self._put(entry, lane)
-
-    def _score(self, lane: int) -> float:
-        return self._shelves[lane].load
 
     def _new_score(self, lane: int) -> float:
         """For a prefix not met before: load counts, and so does what the lane's prefixes will bring."""
@@ -286,7 +283,7 @@ class Router(Generic[ItemT]):
         if entry.out:
             shelf.held_tokens += entry.tokens
         else:
-            heapq.heappush(shelf.heap, entry)
+            heapq.heappush(shelf.heap, entry.ranked)
             shelf.waiting_tokens += entry.tokens
         if entry.keys:
             shelf.prefixes[entry.keys[entry.group]] += 1

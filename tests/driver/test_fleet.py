@@ -243,10 +243,10 @@ def test_an_interrupt_leaves_nothing_behind(make, cluster, monkeypatch):
 
 def test_prefixes_stay_together(make, cluster):
     fleet = make(2, block_size=16)
-    rows = [EngineRequest(n, [n % 8] * 64 + [n] * 4, SamplingParams(max_tokens=8), stream=n) for n in range(400)]
+    rows = [EngineRequest(n, [n % 8] * 1024 + [n] * 4, SamplingParams(max_tokens=8), stream=n) for n in range(400)]
     run(fleet, rows)
     owners = [{n % 8 for n in engine.seen} for engine in cluster.engines]
-    assert sum(map(len, owners)) <= 9
+    assert sum(map(len, owners)) <= 10, "8 if nothing had to be evened out, 16 without routing"
 
 
 def test_calls_reach_every_engine(make, cluster):
