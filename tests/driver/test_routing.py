@@ -9,6 +9,7 @@ import pytest
 from shoal.driver.dispatch import Dispatcher, Tries
 from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
+from shoal.driver.routing import Router
 
 BLOCK = 16
 
@@ -154,3 +155,66 @@ def test_an_engine_that_comes_late_gets_its_share():
 def test_rows_of_a_dead_engine_are_answered_by_others():
     items = shared_prefixes(random.Random(3), 16, 50, 512)
     run(items, 3, 16, prefix_len=512, die=(1, 100))
+
+
+def router_with(lanes):
+    router = Router(BLOCK)
+    for lane in range(lanes):
+        router.open(lane, 1000)
+    return router
+
+
+def taken(router, lane):
+    found = []
+    while router.next_size(lane) is not None:
+        found.append(router.pop(lane).index)
+    return found
+
+
+def test_order_on_a_shelf():
+    """By priority, then long ones where lengths are known, then as they came."""
+    router = router_with(1)
+    known = SamplingParams(max_tokens=50, ignore_eos=True)
+    longer = SamplingParams(max_tokens=90, ignore_eos=True)
+    for item in (
+        Item(0, [1], 1), Item(1, [1], 1, params=known), Item(2, [1], 1, params=longer), Item(3, [1], 1, priority=-1),
+        Item(4, [1], 1, priority=2), Item(5, [1], 1),
+    ):  # fmt: skip
+        router.add(item)
+    assert taken(router, 0) == [3, 2, 1, 0, 5, 4]
+
+
+def test_equal_beginnings_go_together_unless_salted():
+    router = router_with(4)
+    for i in range(8):
+        router.add(Item(i, [7] * 40 + [i] * 8, 1, cache_salt="b" if i % 2 else "a"))
+    groups = [set(taken(router, lane)) for lane in range(4)]
+    assert {0, 2, 4, 6} in groups
+    assert {1, 3, 5, 7} in groups
+
+
+def test_the_heavier_lane_gets_less():
+    router = router_with(2)
+    router.add(Item(0, [1] * 8, 1, params=SamplingParams(max_tokens=600, ignore_eos=True)))
+    for i in range(1, 5):
+        router.add(Item(i, [i] * 8, 1, params=SamplingParams(max_tokens=100, ignore_eos=True)))
+    assert sorted(len(taken(router, lane)) for lane in range(2)) == [1, 4]
+
+
+def test_taking_back_and_closing():
+    router = router_with(2)
+    for i in range(10):
+        router.add(Item(i, [i] * 8, 1))
+    assert router.remove(3).index == 3
+    assert router.remove(3) is None
+    first = router.pop(0)
+    assert router.remove(first.index) is None, "it is in the engine"
+    router.close(1)
+    assert sorted([first.index, *taken(router, 0)]) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    router.close(0)
+    router.add(Item(20, [1], 1))
+    assert router.num_waiting == 1
+    assert router.remove(20).index == 20
+    router.add(Item(21, [1], 1))
+    router.open(5, 1000)
+    assert taken(router, 5) == [21]
