@@ -1,4 +1,4 @@
-# make demo   answer examples/prompts.jsonl with a small real model      make lint       ruff, mypy
+# make demo   a batch job with a small real model: answers, report.html  make lint       ruff, mypy
 # make test   the whole suite                                            make bench-cpu  Shoal beside transformers
 # make bench  tokens/s beside what the device could do                   make clean      remove everything that make made
 # make soak   batch jobs while everything around them is killed
@@ -38,7 +38,9 @@ help:
 	@sed -n 's/^# //;1,4p' Makefile
 
 demo: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
-	@$(BIN)/python examples/demo.py
+	@$(BIN)/shoal run-batch examples/demo.yaml --model "$$($(BIN)/python examples/demo_weights.py)"
+	@$(BIN)/shoal report answers.jsonl --output report.html
+	@$(BIN)/python examples/show_answers.py answers.jsonl
 
 test: $(VENV)/.dev $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@env -u RAY_ADDRESS $(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -61,7 +63,7 @@ bench-cpu: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis answers.jsonl
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis answers.jsonl answers.jsonl.shoal report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

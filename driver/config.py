@@ -157,9 +157,9 @@ class EngineConfig(BaseModel):
     """The cluster may grow (autoscaling): wait all of placement_timeout_s, also for what its nodes cannot hold now."""
     tensor_parallel_across_nodes: bool = False
     """Let the tensor-parallel ranks of a stage be on several nodes, where one has no place for all of them."""
-    step_timeout_s: float = Field(default=300.0, gt=0)
-    """Seconds after which a step that does not end counts as the ranks' death (four times that for the first steps of
-    new ranks, which compile)."""
+    step_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds after which a step that does not end counts as the ranks' death; four times that for the first steps of
+    new ranks, which compile. None: 300 on a GPU, 3600 on a CPU."""
     max_rank_restarts: int = Field(default=10, ge=0)
     """Times in a row, with no request finished in between, that dead ranks, or a dead driver, are made anew; then the
     engine is dead."""

@@ -13,7 +13,9 @@ from shoal.driver.model_config import resolve_dtype
 from shoal.driver.replica import Place
 from shoal.driver.resolve import (
     CPU_DECODE_BURST,
+    CPU_STEP_TIMEOUT_S,
     GPU_DECODE_BURST,
+    GPU_STEP_TIMEOUT_S,
     ResolvedConfig,
     check_model_len,
     count_blocks,
@@ -164,7 +166,8 @@ class Gang:
             group.num_stages,
         )
         # Longer than the watchdog waits for any step: it is to speak first, with the stacks of all ranks.
-        group_timeout_s = max(600.0, 2 * FIRST_STEPS_FACTOR * config.step_timeout_s)
+        limit_s = config.step_timeout_s or (CPU_STEP_TIMEOUT_S if device == "cpu" else GPU_STEP_TIMEOUT_S)
+        group_timeout_s = max(600.0, 2 * FIRST_STEPS_FACTOR * limit_s)
         reports = group.setup(
             [replace(worker, rank=r) for r in range(group.world_size)], self._processors, group_timeout_s
         )
@@ -176,9 +179,7 @@ class Gang:
         num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
         num_blocks = min(num_blocks, most_blocks or num_blocks)
         group.run("allocate_kv", num_blocks)
-        self._watchdog = Watchdog(
-            group, self.epoch, config.step_timeout_s, FIRST_STEPS_FACTOR * config.step_timeout_s, self._on_death
-        )
+        self._watchdog = Watchdog(group, self.epoch, limit_s, FIRST_STEPS_FACTOR * limit_s, self._on_death)
         self.channel = self._watchdog.channel(group.open_channel(config.step_channel))
         burst = CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST
         burst = config.decode_burst or (burst if group.num_stages == 1 else 1)

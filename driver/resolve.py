@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MAX_BLOCKS = 1 << 18  # of a cache nobody sized by hand: a tiny model's default cache would be millions of blocks
 LARGE_GPU_BYTES = 70 * GIB
 CPU_DECODE_BURST, GPU_DECODE_BURST = 4, 8
+CPU_STEP_TIMEOUT_S, GPU_STEP_TIMEOUT_S = 3600.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class Watchdog:
             if reason is None or self._stop.is_set():
                 continue
             self.verdict = reason
-            self._group.kill()
+            self._group.give_up()
             self._on_death(self._epoch, reason)
             return
 
@@ -145,6 +145,10 @@ class _WatchedChannel:
             raise
         self._watchdog.received()
         return frame
+
+    def abandon(self) -> None:
+        """End what waits for it."""
+        self._inner.abandon()
 
     def close(self) -> None:
         """Hang up."""

@@ -7,8 +7,12 @@ that never involve pickle. `RayChannel` sends the same frames as plain actor cal
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +29,7 @@ from shoal.driver.placement import reserve
 from shoal.workers.actor import ERROR, RemoteWorker
 from shoal.workers.host import kill_processes
 
+SOCKET_FOLDER = "shoal-socket-"
 _POLL_S = 0.5  # how often a silent channel looks whether the ranks still live
 _GRACE_S = 2.0  # in which Ray ends a process that runs
 _KILL_S = 10.0  # in which the kernel ends one that was killed
@@ -53,6 +58,10 @@ class StepChannel(Protocol):
         """The next result, in the order of the plans. RankDiedError when none can come."""
         ...
 
+    def abandon(self) -> None:
+        """From another thread: `send` and `receive` raise RankDiedError from now on, those under way too."""
+        ...
+
     def close(self) -> None:
         """Hang up."""
         ...
@@ -67,8 +76,16 @@ class SocketChannel:
         self._connections: dict[int, Connection] = {}
         for local in sorted(set(same_node)):
             family = "AF_UNIX" if local else "AF_INET"
-            address = None if local else (ray.util.get_node_ip_address(), 0)
-            with Listener(address, family, backlog=len(ranks), authkey=secret) as listener:
+            # A folder of our own: the one that Listener would make is left behind by a process that is killed.
+            with (
+                tempfile.TemporaryDirectory(prefix=SOCKET_FOLDER) as folder,
+                Listener(
+                    os.path.join(folder, "s") if local else (ray.util.get_node_ip_address(), 0),
+                    family,
+                    backlog=len(ranks),
+                    authkey=secret,
+                ) as listener,
+            ):
                 calling = [
                     rank.run.remote("connect", listener.address, family, secret)
                     for rank, is_local in zip(ranks, same_node, strict=True)
@@ -100,6 +117,12 @@ class SocketChannel:
                 if rank == self._answering:
                     return bytes(frame)
 
+    def abandon(self) -> None:
+        """Ends the connections on this side, which wakes whoever waits, even where the other side is out of reach."""
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up."""
         for connection in self._connections.values():
@@ -126,6 +149,9 @@ class RayChannel:
         for answer in answers:
             _raise_error(answer)
         return bytes(answers[self._answering])
+
+    def abandon(self) -> None:
+        """Calls of actors that were killed raise by themselves."""
 
     def close(self) -> None:
         """Nothing to hang up."""
@@ -214,6 +240,12 @@ class WorkerGroup:
             return None
         gone, _ = ray.wait(list(self._watches), num_returns=len(self._watches), timeout=0)
         return "; ".join(f"{self._name(self._watches[ref])} died: {_reason(ref)}" for ref in gone)
+
+    def give_up(self) -> None:
+        """End the ranks, and wake whoever waits for them, whether they can be reached or not."""
+        self.kill()
+        if self._channel is not None:
+            self._channel.abandon()
 
     def kill(self) -> None:
         """End the ranks' processes for good, stopped ones too; return when those that can be reached are gone."""

@@ -66,47 +66,57 @@ def test_one_prompt_asks_for_the_capital_of_france():
     assert sum("capital of France" in text for text in texts) == 1
 
 
+def run_shoal(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "shoal", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=280)  # fmt: skip
+
+
 def test_demo_answers_and_reports(weights, tmp_path):
+    """The commands of `make demo`, on a few of its rows and one that is too long."""
     chosen = [row for row in PROMPTS if row["id"] in ("capital-of-france", "sum-of-list", "triage-01", "triage-02")]
+    rows = [*chosen, {"id": "endless", "messages": [{"role": "user", "content": "word " * 9000}]}]
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    result = run_example("demo.py", "--prompts", str(prompts), "--max-tokens", "24", cwd=tmp_path)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ("-i", str(prompts), "--sampling-params", '{"temperature": 0, "max_tokens": 24}')
+    result = run_shoal("run-batch", str(ROOT / "examples/demo.yaml"), "--model", weights, *changes, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "completed: 4 rows answered, 1 errors; answers.jsonl" in result.stderr
+    assert "starting engines" in result.stderr, "no progress in the log"
 
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["id"] for answer in answers] == [row["id"] for row in chosen]
-    assert [answer["messages"] for answer in answers] == [row["messages"] for row in chosen]
-    assert "Paris" in answers[0]["answer"]
-    for answer in answers:
+    assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
+    assert [answer["messages"] for answer in answers] == [row["messages"] for row in rows]
+    assert "Paris" in answers[0]["generated_text"]
+    for answer in answers[:4]:
         assert answer["error"] is None
         assert answer["finish_reason"] in ("stop", "length")
         assert 1 <= answer["num_generated_tokens"] <= 24
-        assert 0 <= answer["num_cached_tokens"] < answer["num_prompt_tokens"]
+        assert 0 <= answer["num_cached_tokens"] < answer["num_input_tokens"]
+    assert "maximum context length" in answers[4]["error"]["message"]
 
-    assert "4 of 4 rows answered" in result.stdout
-    total = sum(answer["num_generated_tokens"] for answer in answers)
-    assert re.search(rf"generated tokens +{total} +[\d.]+ tok/s", result.stdout)
-    assert "it/s" in result.stderr or "100%" in result.stderr, "no progress bar"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prompts.jsonl"]
+    result = run_shoal("report", "answers.jsonl", "--output", "report.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "completed, 4 of 5 rows answered, 1 errors" in result.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert "invalid_prompt" in page
+    assert "SmolLM2-135M-Instruct" in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answers.jsonl", "answers.jsonl.shoal", "prompts.jsonl", "report.html",
+    ]  # fmt: skip
+    shown = run_example("show_answers.py", "answers.jsonl", cwd=tmp_path)
+    assert shown.returncode == 1, "a row has no answer"
+    assert "[capital-of-france] What is the capital of France?" in shown.stdout
+    assert "4 of 5 rows answered" in shown.stdout
+    assert "not answered: endless" in shown.stderr
 
 
-def test_demo_fails_when_a_row_is_not_answered(weights, tmp_path):
-    rows = [
-        {"id": "good", "messages": [{"role": "user", "content": "Name a colour."}]},
-        {"id": "endless", "messages": [{"role": "user", "content": "word " * 9000}]},
-    ]
-    prompts = tmp_path / "rows.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--prompts", str(prompts), "--output", "out.jsonl", "--max-tokens", "8", "--model", weights]
-    result = run_example("demo.py", *arguments, cwd=tmp_path)
-    assert result.returncode == 1, result.stdout + result.stderr
-    good, endless = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
-    assert good["answer"]
-    assert good["error"] is None
-    assert "maximum context length" in endless["error"]
-    assert "answer" not in endless
-    assert "1 of 2 rows answered" in result.stdout
-    assert "not answered: endless" in result.stderr
+def test_make_demo_runs_those_commands():
+    recipe = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
+    assert re.findall(r"shoal (\S+)|examples/(\w+\.\w+)", recipe) == [
+        ("run-batch", ""), ("", "demo.yaml"), ("", "demo_weights.py"), ("report", ""), ("", "show_answers.py"),
+    ]  # fmt: skip
 
 
 def test_offline_generate(weights, tmp_path):
@@ -186,7 +196,7 @@ def test_readme_begins_with_the_two_commands():
 def test_readme_names_only_what_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`?\bmake ([a-z-]+)`", README)) <= targets
-    paths = set(re.findall(r"(?:examples|benchmarks|docs|tests)/[\w./]+\.(?:py|jsonl|md)", README))
+    paths = set(re.findall(r"(?:examples|benchmarks|docs|tests)/[\w./]+\.(?:py|jsonl|md|yaml|png|json)", README))
     assert paths
     assert not [path for path in paths if not (ROOT / path).is_file()]
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):

@@ -275,6 +275,8 @@ def job_of(words: list[str]):
 def test_the_job_is_a_command_that_shoal_takes():
     spec = load(KUBERAY[1])["spec"]
     job = job_of(shlex.split(spec["entrypoint"]))
+    assert job.engine.wait_for_nodes  # no GPU is there before the job asks for one
+    assert job.engine.device == "cuda"
     assert job.output.startswith("/mnt/data/")  # a volume that outlives the cluster: a retry is a new one
     assert spec["backoffLimit"] > 0
 

@@ -158,6 +158,12 @@ def test_no_token_no_answer(head):
     assert head.status_of("/api/jobs/", head.token) == 200
     for token in (None, "0" * 64):
         assert head.status_of("/api/jobs/", token) in (401, 403)
+    address = (
+        f"127.0.0.1:{head.ports['port']}"  # what the images' HEALTHCHECK runs; in a container Ray finds the address
+    )
+    for env, works in ((head.env, True), (head.env | {"RAY_AUTH_TOKEN": "0" * 64}, False)):
+        asked = subprocess.run([RAY, "health-check", "--address", address], env=env, capture_output=True, timeout=120)
+        assert (asked.returncode == 0) == works, asked.stderr
 
 
 def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
@@ -186,8 +192,8 @@ def test_two_jobs_at_once_and_again(head, tiny_checkpoint, tmp_path):
 
 def test_a_head_that_goes_lets_jobs_finish_what_they_began(head, tiny_checkpoint, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    expected = write_rows(source, 1500, "row")
-    line = command(tiny_checkpoint("llama"), source, output, 100)
+    expected = write_rows(source, 600, "row")
+    line = command(tiny_checkpoint("llama"), source, output, 80)
     process = head.submit("stopped", *line)
     folder, deadline = Path(f"{output}.shoal"), time.monotonic() + 300
     while not any(b'"t":"ok"' in path.read_bytes() for path in folder.glob("ledger-*.jsonl")):

@@ -98,7 +98,7 @@ class FakeGroup:
     def kill(self):
         pass
 
-    discard = shutdown = kill
+    discard = shutdown = give_up = kill
 
 
 @pytest.fixture

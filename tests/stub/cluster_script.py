@@ -61,6 +61,8 @@ class Inside:
     """An engine that is made within an actor whose placement group takes in what its actors start."""
 
     def run(self, model):
+        import stub_ranks
+
         stub_ranks.install()
         with make(model, device="cpu", tensor_parallel_size=2) as llm:
             captured = ray.get(llm.llm_engine._driver.captured.remote())
@@ -123,7 +125,7 @@ def main() -> None:
         llm.llm_engine.collect = noted
         threading.Timer(0.5, lose).start()
         seen["lost"] = ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
-        seen["moved"] = [before, places(llm)]
+        seen["moved"], seen["revived"] = [before, places(llm)], llm.llm_engine._restarts.total
         seen["deaths"] = [(when - killed[0], reason) for when, reason in deaths]
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and ray.available_resources().get("GPU") != 2.0:

@@ -126,7 +126,8 @@ class StubDriver(Driver):
     def __init__(self, *arguments) -> None:
         worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
         if os.environ.get("SHOAL_STUB_SPARE_RANKS"):  # those that are given up live on, as if they could not be reached
-            worker_group.WorkerGroup.kill = worker_group.WorkerGroup.discard = spare
+            worker_group.WorkerGroup.kill = lambda group: None
+            worker_group.WorkerGroup.discard = spare
         super().__init__(*arguments)
 
     def rank_pids(self) -> list[int]:

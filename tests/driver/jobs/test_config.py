@@ -1,6 +1,10 @@
+import re
+from pathlib import Path
+
 import pytest
 
-from shoal.driver.jobs.config import load_job, make_job
+from shoal.driver.jobs.config import JobConfig, load_job, make_job
+from shoal.driver.jobs.outcome import Exit
 
 BASE = {"input": "in.jsonl", "output": "out.jsonl", "engine": {"model": "m"}}
 
@@ -57,3 +61,17 @@ def test_a_file_and_changes_over_it(tmp_path):
             load_job(str(path), {})
     with pytest.raises(ValueError, match="cannot be read"):
         load_job(str(tmp_path / "none.yaml"), {})
+
+
+def test_the_manual_lists_every_flag():
+    manual = (Path(__file__).resolve().parents[3] / "docs" / "jobs.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in manual.splitlines() if line.startswith("| `-")}
+    for name, field in JobConfig.model_fields.items():
+        if name == "engine":
+            continue
+        line = next(row for flag, row in rows.items() if f"`--{name.replace('_', '-')}`" in flag)
+        assert " ".join(field.description.split()) in line
+        if not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            assert f"| {'none' if default is None else default} |" in line
+    assert set(map(str, map(int, Exit))) <= set(re.findall(r"\b\d+\b", manual.partition("| code |")[2][:1500]))
