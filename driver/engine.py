@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -152,7 +153,7 @@ class Engine:
             ray.kill(driver)
             raise
         self._driver, self._mark = driver, 0
-        self._place = Place(None, self._place.num_sharing)  # a later one goes where there is room
+        self._place = replace(self._place, node_id=None)  # a later one goes where there is room
         LOGGER.info("%s: %s", config.model, self.resolved)
 
     @property

@@ -53,6 +53,7 @@ class Gang:
         self.epoch = -1  # number of the ranks' present life; upper half of their step ids
         self.placed = False
         self._num_sharing = 1  # engines on this node
+        self.one_of_many = False  # engines: others can do what this one cannot
         self.asleep: set[str] = set()  # "weights", "kv_cache"
         self._sleep_level = 0
         self.group: WorkerGroup
@@ -71,7 +72,7 @@ class Gang:
 
     def place(self, place: Place) -> None:
         """Get the ranks their places and their processes started; the model need not be known."""
-        self._num_sharing = place.num_sharing
+        self._num_sharing, self.one_of_many = place.num_sharing, place.one_of_many
         self._place(pick_device(self._config, ray.cluster_resources()), place.node_id)
 
     def _place(self, device: str, node_id: str | None) -> None:

@@ -61,6 +61,7 @@ class Place:
     node_id: str | None = None  # None: where Ray finds room
     num_sharing: int = 1  # engines that share the node's cores
     timeout_s: float | None = None  # for placing; None: as configured
+    one_of_many: bool = False  # others can do its rows: without a place for new ranks it ends, and does not wait
 
 
 class StartEngine(Protocol):

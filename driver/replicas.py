@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ class Replicas:
                 return
             for place in places[: self._num_missing()]:
                 if place.node_id is not None:
-                    number = self._add(Place(place.node_id, place.num_sharing, _LATE_PLACEMENT_S))
+                    number = self._add(replace(place, timeout_s=_LATE_PLACEMENT_S))
                     LOGGER.info("replica %d is added: there is room for it", number)
         elif self._num_missing() and self._proven and not self.starting and self._clock() >= self._next_look:
             self._next_look = self._clock() + LOOK_S
@@ -156,6 +157,7 @@ class Replicas:
         return number
 
     def _launch(self, number: int, place: Place, delay_s: float = 0.0) -> None:
+        place = replace(place, one_of_many=self.count != 1)
         self._places[number] = place
         self.alive[number] = Replica(number, lambda: self._start(place), self._inbox, delay_s)
 
