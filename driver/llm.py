@@ -120,7 +120,7 @@ class LLM:
             self._tokenizer,
             tokenizer_json,
             max_model_len=engine.resolved.max_model_len,
-            max_num_seqs=engine.resolved.max_num_seqs,
+            max_num_seqs=engine.resolved.max_num_seqs * engine.num_replicas,
         )
 
     def generate(
