@@ -244,7 +244,7 @@ def test_progress_and_samples(run, write_rows, caplog, monkeypatch):
     monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.05")
     ran = run(write_rows(ROWS), progress_s=0.3)
     err = caplog.text
-    assert " of 40 rows, " in err
+    assert " of 40 rows (" in err
     assert "running 8" in err
     assert " left" in err
     points = json.loads(next(ran.state.glob("samples-*.json")).read_text())

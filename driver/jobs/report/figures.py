@@ -10,7 +10,7 @@ from typing import Any
 from shoal.driver.jobs.report.numbers import Run
 
 _BINS = 240  # points of a curve: more than a screen shows is noise
-_RATE_BINS = 80  # of a rate: engines tell of tokens in bursts
+_WINDOWS, _LEAST_WINDOW_S = 30, 2.0  # a rate is taken over this part of the whole time
 _BARS = 36
 _THIN = {"width": 1.5}
 _UNITS = ((2 * 86400.0, "d", 86400.0), (2 * 3600.0, "h", 3600.0), (600.0, "min", 60.0), (0.0, "s", 1.0))
@@ -58,16 +58,24 @@ def charts(report: dict[str, Any], runs: Sequence[Run]) -> list[Chart]:
 
 
 def _curve(
-    runs: Sequence[Run], clock: Clock, value: Value, bins: int = _BINS
+    runs: Sequence[Run], clock: Clock, value: Value, smoothed: bool = False
 ) -> tuple[list[float], list[float | None]]:
-    """A value over the whole job, thinned out; a gap between two runs stays a gap."""
+    """A value over the whole job, thinned out; a gap between two runs stays a gap.
+
+    `smoothed`: of each point and one some time before it, for engines tell of tokens in bursts.
+    """
     total = sum(len(run.points) for run in runs)
-    step = max(1, -(-total // bins))
+    step = max(1, -(-total // _BINS))
+    window = max(_LEAST_WINDOW_S, sum(run.seconds for run in runs) / _WINDOWS) if smoothed else 0.0
     x: list[float] = []
     y: list[float | None] = []
     for run in runs:
+        earlier = 0
         kept = run.points[::step] + (run.points[-1:] if run.points and (len(run.points) - 1) % step else [])
-        for one, two in pairwise(kept):
+        for last, two in pairwise(kept):
+            while smoothed and run.points[earlier + 1]["time"] <= two["time"] - window:
+                earlier += 1
+            one = run.points[earlier] if smoothed else last
             span = two["time"] - one["time"]
             if span > 0:
                 x.append(round(run.at(two["time"]) / clock.size, 4))
@@ -150,8 +158,8 @@ def _marks(runs: Sequence[Run], clock: Clock) -> list[dict[str, Any]]:
 
 
 def _throughput(runs: Sequence[Run], clock: Clock) -> Chart:
-    made = _line("generated", _curve(runs, clock, _rate("generated_tokens"), _RATE_BINS), "--c1", **_filled("--c1"))
-    rate = _curve(runs, clock, _rate("prompt_tokens"), _RATE_BINS)
+    made = _line("generated", _curve(runs, clock, _rate("generated_tokens"), smoothed=True), "--c1", **_filled("--c1"))
+    rate = _curve(runs, clock, _rate("prompt_tokens"), smoothed=True)
     read = _line("prompts (click)", rate, "--c2", line=_THIN, visible="legendonly")
     note = "Tokens a second; prompts count when their rows are answered. Dotted: an engine died. Dashed: a new run."
     return Chart("Throughput", note, _figure([made, read], clock, "tokens/s", shapes=_marks(runs, clock)), wide=True)
@@ -195,7 +203,7 @@ def _prefix(report: dict[str, Any], runs: Sequence[Run], clock: Clock) -> Chart 
         read = two["prompt_tokens"] - one["prompt_tokens"]
         return 100 * (two["cached_tokens"] - one["cached_tokens"]) / read if read > 0 else None
 
-    hits = _line("prefix hits", _curve(runs, clock, share, _RATE_BINS), "--c4", connectgaps=True)
+    hits = _line("prefix hits", _curve(runs, clock, share, smoothed=True), "--c4", connectgaps=True)
     figure = _figure([hits], clock, "% of prompt tokens")
     figure["layout"]["yaxis"]["range"] = [0, 100]
     note = f"Prompt tokens found in the prefix cache, of rows as they finish: {tokens['cached'] / tokens['prompt']:.0%}"
