@@ -78,7 +78,7 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model_folder, tmp_pat
     from ray.cluster_utils import Cluster
 
     rows = [
-        {"id": str(i), "prompt": f"row {i}", "sampling_params": {"extra_args": {"length": 60}}} for i in range(1500)
+        {"id": str(i), "prompt": f"row {i}", "sampling_params": {"extra_args": {"length": 30}}} for i in range(1000)
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -91,7 +91,7 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model_folder, tmp_pat
     try:
         command = [
             sys.executable, str(STUB_CLI), "run-batch", "-i", str(source), "-o", str(output), "--model",
-            stub_model_folder, "--address", cluster.address, "--replicas", "auto", "--max-num-seqs", "4",
+            stub_model_folder, "--address", cluster.address, "--replicas", "auto", "--max-num-seqs", "8",
             "--max-model-len", "256", "--sampling-params", '{"max_tokens": 64}',
         ]  # fmt: skip
         log = (tmp_path / "job.log").open("w")
@@ -102,8 +102,9 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model_folder, tmp_pat
         wait_for(lambda: ledger_rows(output) > 20, job, said)
         node = cluster.add_node(num_cpus=2, **memory)
         wait_for(lambda: "replica 1 is added" in said(), job, said)
+        wait_for(lambda: said().count("KV cache size") == 2, job, said)  # its engine is up
         before = ledger_rows(output)
-        wait_for(lambda: ledger_rows(output) > before + 100, job, said)
+        wait_for(lambda: ledger_rows(output) > before + 60, job, said)
         cluster.remove_node(node, allow_graceful=False)
         assert job.wait(120) == 0, said()
     finally:
