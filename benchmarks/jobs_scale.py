@@ -69,7 +69,7 @@ def run_the_job(folder: Path) -> int:
     """In a process of its own."""
     import ray
 
-    from shoal.driver.engine import Engine, connect
+    from shoal.driver.engine import Engine
     from shoal.driver.jobs.config import make_job
     from shoal.driver.jobs.job import run_job
     from shoal.driver.jobs.model import RowModel
@@ -77,19 +77,19 @@ def run_the_job(folder: Path) -> int:
 
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
+    class StubClient(Engine):
+        def _create(self):
+            self._driver, self._mark = actor.remote(), 0
+            self.resolved = ResolvedConfig(
+                "stub", "LlamaForCausalLM", "cpu", "float32", 1, 512, SLOTS, 8192, 16, 1024, 0, 0, 0.0, 4, 2
+            )
+
     class StubModel(RowModel):
         def portable(self):
             return RowModel(self.config, self.resolved, self.tokenizer, self.tokenizer_json).portable()
 
-        def starter(self):
-            def start():
-                connect("local")
-                resolved = ResolvedConfig(
-                    "stub", "LlamaForCausalLM", "cpu", "float32", 1, 512, SLOTS, 8192, 16, 1024, 0, 0, 0.0, 4, 2
-                )
-                return Engine(actor.remote(), resolved)
-
-            return start
+        def starter(self, solo_deaths):
+            return lambda: StubClient.start(self.config, lambda: None, False)
 
     config = make_job(
         {
@@ -159,7 +159,9 @@ class Watch:
             with open(f"/proc/{pid}/status") as file:
                 fields = dict(line.split(":", 1) for line in file)
             with open(f"/proc/{pid}/cmdline") as file:
-                self.names[pid] = " ".join(file.read().replace("\0", " ").split())[:60]
+                words = file.read().replace("\0", " ").split()
+            if words and not (words[0] == "ray::IDLE" and pid in self.names):  # an idle worker keeps its last name
+                self.names[pid] = " ".join(word.rsplit("/", 1)[-1] for word in words)[:60]
             with open(f"/proc/{pid}/stat") as file:
                 times = file.read().rsplit(")", 1)[1].split()[11:13]
             self.cpu_s[pid] = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
@@ -184,6 +186,11 @@ def measure(folder: Path, command: list[str], rows: int) -> None:
                 if watch.settled >= part * rows:
                     ended.setdefault(part, time.monotonic() - watch.started)
             time.sleep(0.25)
+    except SystemExit:
+        wall = time.monotonic() - watch.started
+        print(f"ended from outside after {wall:.0f} s, with {watch.settled} of {rows} rows settled")
+        print_growth(watch, rows)
+        raise
     finally:
         watch.end()
     assert watch.process.returncode == 0, f"the job ended with {watch.process.returncode}"
@@ -207,7 +214,10 @@ def print_growth(watch: Watch, rows: int) -> None:
     allowed = BYTES_A_ROW * rows * 0.9 + BYTES_MORE
     grown = {pid: max(s[2].get(pid, 0) for s in later) - base.get(pid, 0) for s in later for pid in s[2]}
     print(f"  private memory after the first tenth (allowed: {allowed / 1e6:.0f} MB):")
-    for pid, growth in sorted(grown.items(), key=lambda item: -item[1])[:6]:
+    busiest = sorted(watch.cpu_s, key=lambda pid: -watch.cpu_s[pid])[:8]
+    most = sorted(grown, key=lambda pid: -grown[pid])[:4]
+    for pid in dict.fromkeys([*most, *busiest]):
+        growth = grown.get(pid, 0)
         verdict = "ok" if growth <= allowed else "TOO MUCH"
         from_, cpu = f"from {base.get(pid, 0) / 1e6:6.1f}", f"CPU {watch.cpu_s[pid]:6.1f} s"
         print(f"    {growth / 1e6:+8.1f} MB {from_}  {verdict}  {cpu}  {watch.names[pid]}")
@@ -257,6 +267,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FILE", help="py-spy's record of the job's process")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing of it stays behind
     if args.child:
         sys.exit(run_the_job(Path(args.child)))
     with tempfile.TemporaryDirectory(prefix="shoal-scale-") as name:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
 DRIVER_SILENT_S = 120.0  # a driver that has not answered this long is stopped, or its node is
 GetModel = Callable[[], tuple["ResolvedModel", Any, str | None]]
+_DRIVER_GONE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
 _started_ray = False  # by this module, in this process
 _inherited_env: dict[str, str] = {}  # of those settings, what that Ray's processes got
 _num_users = 0  # engines that are up, and those who hold Ray
@@ -170,15 +171,15 @@ class Engine:
         """Queue requests."""
         self._pending.update((request.number, request) for request in requests)
         try:
-            ask(self._driver.submit.remote(RequestBatch(requests)))
-        except ray.exceptions.RayActorError as error:
+            ask(self._driver.submit.remote(RequestBatch(requests)), DRIVER_SILENT_S)
+        except _DRIVER_GONE as error:
             self._revive(error)
 
     def collect(self, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds."""
         try:
             collected: Collected = ask(self._driver.collect.remote(self._mark, timeout), timeout + DRIVER_SILENT_S)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except _DRIVER_GONE as error:
             self._revive(error)
             return Collected()
         self._mark = collected.mark
@@ -197,9 +198,17 @@ class Engine:
             self._pending.pop(number, None)
         try:
             if numbers:
-                ask(self._driver.abort.remote(numbers))
-        except ray.exceptions.RayActorError as error:
+                self._wait(self._driver.abort.remote(numbers))
+        except _DRIVER_GONE as error:
             self._revive(error)
+
+    def _wait(self, reference: Any) -> Any:
+        """An answer that may take long, from a driver that must be alive meanwhile."""
+        while True:
+            try:
+                return ask(reference, DRIVER_SILENT_S)
+            except ray.exceptions.GetTimeoutError:
+                ask(self._driver.pid.remote(), DRIVER_SILENT_S)
 
     def _revive(self, error: Exception) -> None:
         """A new driver with the requests that the dead one had; what that one may still do reaches nobody."""
@@ -257,9 +266,11 @@ class Engine:
         driver, self._driver = self._driver, None
         _count_users(-1)
         if ray.is_initialized():
-            with contextlib.suppress(ray.exceptions.RayError):  # a driver that died has nothing left to give back
+            try:
                 ray.get(driver.shutdown.remote(), timeout=60)
-            ray.kill(driver)
+                ray.kill(driver)
+            except ray.exceptions.RayError:  # it died, or is stopped: Ray ends its ranks with it
+                end_actor(driver, self._process)
         _stop_ray_if_last()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -198,15 +198,17 @@ class Job:
         from shoal.driver.engine import hold_ray, release_ray
 
         config = self._config
-        recovered = recover(self._ledger, self._accounts, config.retry_errors)
+        with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
+            reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors)
+            hold_ray(config.engine.address)
+            recovered = reading.result()
+        self._stop.listen()  # Ray takes SIGTERM for itself
         if not same_job:  # rows that changed are computed again: the others count once they are met
             self._accounts.found(0, {})
         self._accounts.mark_durable()
         if len(recovered.done):
             LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
         tools: Future[ModelTools] = Future()
-        hold_ray(config.engine.address)
-        self._stop.listen()  # Ray takes SIGTERM for itself
         if not config.engine.disable_log_stats:
             self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
         model = self._model.portable()
@@ -224,9 +226,9 @@ class Job:
         hooks = Hooks(start, places, self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         known = self._accounts.total_rows
-        if known is not None and known - self._num_faults > len(recovered.done):
-            self._runner.start_engines()  # there is work for them, however far in the input
         try:
+            if known is not None and known - self._num_faults > len(recovered.done):
+                self._runner.start_engines()  # there is work for them, however far in the input
             self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))

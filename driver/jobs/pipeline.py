@@ -24,7 +24,7 @@ from shoal.driver.jobs.sources.registry import read_rows
 from shoal.driver.placement import PlacementError
 
 READ_CPUS, PREPARE_CPUS = 0.25, 0.5
-_BLOCK_BYTES = 256 << 10  # small blocks: the first rows come soon, and little is under way
+_BLOCK_BYTES = 1 << 20  # small blocks: the first rows come soon, and little is under way; each costs milliseconds
 _STORE_BYTES = 64 << 20  # of the object store, for all blocks of the pipeline
 _READ_ROWS = 512
 _kept: dict[str, Any] = {}  # in a task's process: what the last job's tasks were made with

@@ -99,11 +99,13 @@ def run_rounds(folder: str, rounds: int, **arguments: object) -> None:
 
 def settle(before: dict[str, object] | None) -> dict[str, object]:
     """The state, once what ends has ended."""
+    import ray
+
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         now = state()
-        done = not (now["actors"] or now["groups"] or now["files"])
-        if done and (before is None or all(now[name] == before[name] for name in ("cpus", "shared memory"))):
+        done = not (now["actors"] or now["groups"] or now["files"]) and now["cpus"] == ray.cluster_resources()["CPU"]
+        if done and (before is None or now["shared memory"] == before["shared memory"]):
             break
         time.sleep(0.1)
     return now
