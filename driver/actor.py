@@ -111,6 +111,7 @@ class Driver:
 
     def place(self, place: Place) -> dict[str, Any]:
         """Get the ranks their places and their processes started, with no model yet. Says where this process is."""
+        set_up_logging()  # a cluster that has no place is waited for aloud
         self._gang.place(place)
         return whereabouts()
 
