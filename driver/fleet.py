@@ -7,6 +7,7 @@ on which engine made them.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Fleet:
 
         `on_end` is called at the end of `shutdown`.
         """
-        self._on_end = on_end
+        self._on_end: Callable[[], None] | None = on_end
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._dispatcher: Dispatcher[Dispatched] = Dispatcher(
             _SOLO_DEATHS, config.block_size, config.enable_prefix_caching
@@ -82,6 +83,7 @@ class Fleet:
         except BaseException:
             self._end()
             raise
+        atexit.register(self.shutdown)
         self.resolved = min((one.engine.resolved for one in self._ups), key=lambda resolved: resolved.max_model_len)
 
     # ---- rows ----------------------------------------------------------------------------------------------------
@@ -207,10 +209,14 @@ class Fleet:
         return int(self._each()[0].engine.driver_pid())
 
     def shutdown(self) -> None:
-        """End all engines, and give their resources back."""
-        self._failure = self._failure or RuntimeError("the engines are shut down")
-        self._end()
-        self._on_end()
+        """End all engines, and give their resources back. At the latest when the process ends: their threads must not
+        meet a Ray that is gone."""
+        atexit.unregister(self.shutdown)
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            self._failure = self._failure or RuntimeError("the engines are shut down")
+            self._end()
+            on_end()
 
     def _end(self) -> None:
         self._engines.stop()

@@ -18,6 +18,7 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
 
+REPLICA_THREAD = "replica-"
 POLL_S = 0.25  # how long one wait for results lasts
 
 
@@ -46,6 +47,9 @@ class EngineLike(Protocol):
 
     def abort(self, numbers: list[int]) -> None:
         """Ends requests."""
+
+    def end_when_silent(self, seconds: float) -> None:
+        """Ends by itself, with all that it holds, when `collect` is not called for so long."""
 
     def num_made_tokens(self) -> int:
         """Tokens it has made; of a dead engine too, where its driver still answers."""
@@ -114,7 +118,7 @@ class Replica:
         self.is_up = False
         self._report: int | None = None
         self.ended: Down | None = None
-        self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{REPLICA_THREAD}{number}", daemon=True)
         self._thread.start()
 
     def submit(self, requests: list[EngineRequest]) -> None:

@@ -106,8 +106,10 @@ class Runner:
 
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
+        deadline = time.monotonic() + timeout_s
         for replica in self._engines.join(timeout_s):
             self._committer.made(replica.session, self._made(replica))
+        self._feeder.join(max(0.0, deadline - time.monotonic()))
         self._dispatcher.lanes.clear()
         self._samples.finish()
         self._observe()
@@ -347,8 +349,6 @@ class Runner:
             del self._sent[one]
         if numbers:
             self.replicas[number].abort(numbers)
-
-    # ---- the rest ----------------------------------------------------------------------------------------------
 
     def _sync(self, force: bool = False) -> None:
         """A full disk pauses the job: nothing is given out until there is room again."""
