@@ -140,6 +140,8 @@ class EngineConfig(BaseModel):
     """Ranks that share each layer; one Ray worker each."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Stages of consecutive layers, each of tensor_parallel_size ranks, for models beyond one node."""
+    disable_custom_all_reduce: bool = False
+    """Sum over tensor-parallel ranks by NCCL alone, where GPUs of one host could write to each other's memory."""
     distributed_executor_backend: Literal["ray"] | None = None
     """Ray is the only one."""
     address: str | None = None

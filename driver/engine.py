@@ -128,6 +128,10 @@ class Engine:
         self._driver, self._mark = driver, 0
         LOGGER.info("%s: %s", config.model, self.resolved)
 
+    def end_when_silent(self, seconds: float) -> None:
+        """See Driver.end_when_silent. Only asks for it: this process may be on its way out."""
+        self._driver.end_when_silent.remote(seconds)
+
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
         self._pending.update((request.number, request) for request in requests)

@@ -160,6 +160,7 @@ class Gang:
             config.enforce_eager,
             threads,
             group.num_stages,
+            config.disable_custom_all_reduce,
         )
         # Longer than the watchdog waits for any step: it is to speak first, with the stacks of all ranks.
         limit_s = config.step_timeout_s or (CPU_STEP_TIMEOUT_S if device == "cpu" else GPU_STEP_TIMEOUT_S)

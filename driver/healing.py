@@ -134,6 +134,7 @@ class Healer:
             if self._in_place():
                 return
             reason = str(error)
+            self.restarts.progress()  # bounded by itself: each time steps get smaller, or a request ends
         else:
             reason = self._gang.verdict or str(error)
             self._mourn(reason)

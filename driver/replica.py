@@ -18,6 +18,7 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
 
+REPLICA_THREAD = "replica-"
 POLL_S = 0.25  # how long one wait for results lasts
 
 
@@ -46,6 +47,9 @@ class EngineLike(Protocol):
 
     def abort(self, numbers: list[int]) -> None:
         """Ends requests."""
+
+    def end_when_silent(self, seconds: float) -> None:
+        """Ends by itself, with all that it holds, when `collect` is not called for so long."""
 
     def num_made_tokens(self) -> int:
         """Tokens it has made; of a dead engine too, where its driver still answers."""
@@ -95,7 +99,7 @@ class Replica:
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
         self._stop = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=f"replica-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{REPLICA_THREAD}{number}", daemon=True)
         self._thread.start()
 
     def submit(self, requests: list[EngineRequest]) -> None:

@@ -260,8 +260,15 @@ class WorkerGroup:
         if self._channel is not None:
             self._channel.close()
         closing = [rank.run.remote("close") for rank in self.ranks]
-        ray.wait(closing, num_returns=len(closing), timeout=5)
-        self.discard()
+        _, late = ray.wait(closing, num_returns=len(closing), timeout=5)
+        if late:
+            self.discard()
+            return
+        for rank in self.ranks:  # those that answer end when Ray tells them to, on whatever node
+            ray.kill(rank)
+        here = ray.get_runtime_context().get_node_id()
+        end_processes([probe for probe in self.probes if probe["node_id"] == here])
+        remove_placement_group(self._group)
 
     def _gather(self, calls: list[Any]) -> list[Any]:
         """Results in rank order; the first error of any rank at once, since the others may wait for that one."""
@@ -289,11 +296,13 @@ def end_processes(processes: Sequence[dict[str, Any]]) -> None:
     for one in processes:
         by_node.setdefault(one["node_id"], []).append((one["pid"], one["born"]))
     left = kill_processes(by_node.pop(here, []), _GRACE_S, _KILL_S)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if by_node else set()
     calls = [
         _kill_there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(them)
         for node, them in by_node.items()
+        if node in alive  # else they are gone with it, or out of reach
     ]
-    done, late = ray.wait(calls, num_returns=len(calls), timeout=2 * _KILL_S) if calls else ([], [])
+    done, late = ray.wait(calls, num_returns=len(calls), timeout=_KILL_S) if calls else ([], [])
     for call in done:
         try:
             left += ray.get(call)

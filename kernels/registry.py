@@ -11,6 +11,7 @@ OPS = {
     "activation": "shoal.kernels.ops.activation:activation",
     "activation_and_mul": "shoal.kernels.ops.activation_and_mul:activation_and_mul",
     "append_decode": "shoal.kernels.ops.decode_step:append_decode",
+    "best_of_part": "shoal.kernels.ops.best_of_part:best_of_part",
     "greedy": "shoal.kernels.ops.sampling:greedy",
     "layer_norm": "shoal.kernels.ops.layer_norm:layer_norm",
     "logprobs_of": "shoal.kernels.ops.logprobs_of:logprobs_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import secrets
@@ -245,6 +246,16 @@ def local_llm(monkeypatch):
 
     yield make
     use_implementation("reference")
+
+
+@pytest.fixture(scope="session")
+def parallel_jobs():
+    """The module tests/stub/parallel_jobs.py."""
+    path = pathlib.Path(__file__).parent / "stub" / "parallel_jobs.py"
+    spec = importlib.util.spec_from_file_location("parallel_jobs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

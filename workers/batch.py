@@ -35,3 +35,4 @@ class ForwardBatch:
     positions: torch.Tensor  # int64 [num_tokens]
     attention: AttentionMetadata
     hidden: torch.Tensor | None = None  # [num_tokens, hidden]: what the pipeline stage before made of the ids
+    halves: tuple[ForwardBatch, ForwardBatch] | None = None  # the first rows and the rest, where sums can be hidden

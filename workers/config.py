@@ -41,3 +41,4 @@ class WorkerConfig:
     enforce_eager: bool = False
     num_threads: int | None = None  # CPU ranks: torch threads
     num_stages: int = 1  # pipeline stages; the ranks of one are consecutive
+    disable_custom_all_reduce: bool = False  # sum through NCCL only

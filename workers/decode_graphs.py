@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal.kernels.ops.best_of_part import best_of_part, id_of
 from shoal.kernels.ops.decode_step import append_decode, prepare_decode
 from shoal.kernels.ops.sample_rows import sample_rows
 from shoal.workers.batch import AttentionMetadata, ForwardBatch
@@ -112,6 +113,13 @@ class DecodeGraphs:
         return graph, result
 
     def _logits_step(self) -> torch.Tensor:
+        hidden = self._hidden_step()
+        if not self._stage.last:
+            return hidden
+        logits: torch.Tensor = self._model.compute_logits(hidden)
+        return logits
+
+    def _hidden_step(self) -> torch.Tensor:
         n, state = self._size, self._state
         prepare_decode(
             self._rows[:n],
@@ -138,17 +146,23 @@ class DecodeGraphs:
         received = None if self.hidden is None else self.hidden[:n]
         batch = ForwardBatch(self._input_ids[:n], self._positions[:n], attention, received)
         hidden: torch.Tensor = self._model(batch, self._kv_cache)
-        if not self._stage.last:
-            return hidden
-        logits: torch.Tensor = self._model.compute_logits(hidden)
-        return logits
+        return hidden
+
+    def _sample(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """An id for each row. Ranks that share the vocabulary compare what each has found, not their logits."""
+        state, sampling, model = self._state, self._sampling, self._model
+        generated = (state.num_tokens[rows] - state.num_prompt_tokens[rows]).long()
+        wishes = sampling.temperatures[rows], sampling.streams[rows], generated
+        if model.tp.world_size == 1:
+            return sample_rows(model.compute_logits(hidden), *wishes)
+        head = model.lm_head
+        return id_of(model.tp.maximum(best_of_part(model.local_logits(hidden), *wishes, head.first, head.num_ids)))
 
     def _full_step(self) -> torch.Tensor:
-        logits = self._logits_step()
+        hidden = self._hidden_step()
         n, state, sampling = self._size, self._state, self._sampling
         rows = self._rows[:n]
-        generated = (state.num_tokens[rows] - state.num_prompt_tokens[rows]).long()
-        sampled = sample_rows(logits, sampling.temperatures[rows], sampling.streams[rows], generated)
+        sampled = self._sample(hidden, rows)
         append_decode(
             rows,
             sampled,

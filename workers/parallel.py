@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from shoal.workers.peers import PeerMemory
 
 
 class TensorParallel:
@@ -17,6 +21,7 @@ class TensorParallel:
         self.rank = rank
         self.world_size = world_size
         self.group = group
+        self.peers: PeerMemory | None = None  # where the ranks' GPUs reach each other's memory
 
     @classmethod
     def init(
@@ -50,21 +55,36 @@ class TensorParallel:
 
     def destroy(self) -> None:
         """Leave the process groups; safe to call twice."""
-        self.group = None
+        self.group = self.peers = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def open_peers(self, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Sum through the GPUs' own memory, where that works, in steps of up to `rows` tokens of `size` values."""
+        if self.group is not None and device.type == "cuda":
+            from shoal.workers.peers import PeerMemory
+
+            self.peers = PeerMemory.open(self.group, rows, size, dtype, device)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, any shape. The input may be overwritten."""
         if self.world_size > 1:
+            if self.peers is not None and (summed := self.peers.all_reduce(tensor)) is not None:
+                return summed
             tensor = tensor.contiguous()
             dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest over the ranks, element by element. The input is overwritten."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The ranks' tensors (equal shapes) side by side along `dim`, in rank order."""
         if self.world_size == 1:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
+        parts = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts.chunk(self.world_size), dim)

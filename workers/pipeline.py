@@ -82,8 +82,10 @@ class Pipeline:
     # ---- hidden states -----------------------------------------------------------------------------------------
 
     def send(self, hidden: torch.Tensor) -> None:
-        """To the next stage; the tensor must not change afterwards."""
-        self._send(hidden.contiguous(), self._ranks[self.stage.index + 1], self._groups[0])
+        """To the next stage. A copy travels: the tensor may be one that the next pass writes to."""
+        self._send(
+            hidden.clone(memory_format=torch.contiguous_format), self._ranks[self.stage.index + 1], self._groups[0]
+        )
 
     def receive(self, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """[num_tokens, width] from the stage before."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OVERLAP_TOKENS = 2048  # of a step that is cut into halves to hide sums over ranks behind products
 _PROMPT_LOGITS_BYTES = 256 << 20  # float32 logits of prompt positions held at once
 
 
@@ -49,6 +50,8 @@ class ModelRunner:
             torch.device("cuda", torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
+        if not config.disable_custom_all_reduce:
+            tp.open_peers(config.max_num_batched_tokens, self.spec.hidden_size, self.dtype, self.device)
         self.model: Any = None
         self.kv_cache: list[torch.Tensor] = []
         self.graphs: DecodeGraphs | None = None
@@ -174,7 +177,7 @@ class ModelRunner:
             if self.graphs.hidden is not None:
                 self.graphs.hidden[:num_rows] = self._receive(num_rows)
             if not self.stage.last:
-                self._pass_on(self.graphs.logits()[:num_rows].clone(), rows)  # a clone: the next replay writes there
+                self._pass_on(self.graphs.logits()[:num_rows], rows)
             elif plain:
                 out.put(active, step, self.graphs.decode()[:num_rows])
                 self.pipeline.give_back(rows, self.state)
@@ -195,6 +198,7 @@ class ModelRunner:
         batch = self.state.forward_batch(rows, counts)
         if not self.stage.first:
             batch.hidden = self._receive(len(batch.input_ids))
+        batch.halves = self._halves(rows, counts)
         hidden = self.model(batch, self.kv_cache)
         picks = np.flatnonzero(plan.samples[active])
         if not self.stage.last:
@@ -224,6 +228,16 @@ class ModelRunner:
         self.state.append(device_rows, result.token_ids, result.ended)
         self.sampler.observe(device_rows, result.token_ids)
         self.pipeline.give_back(rows, self.state)
+
+    def _halves(self, rows: Int32, counts: Int32) -> tuple[ForwardBatch, ForwardBatch] | None:
+        """The step's first rows and the others, about equally many tokens, where that hides sums over ranks."""
+        peers, ends = self.tp.peers, np.cumsum(counts)
+        if peers is None or peers.overlap is None or not _OVERLAP_TOKENS <= ends[-1] <= peers.num_rows:
+            return None
+        cut = int(np.abs(ends[:-1] - ends[-1] / 2).argmin()) + 1 if len(rows) > 1 else 0
+        if not cut or min(ends[cut - 1], ends[-1] - ends[cut - 1]) < _OVERLAP_TOKENS // 4:
+            return None
+        return self.state.forward_batch(rows[:cut], counts[:cut]), self.state.forward_batch(rows[cut:], counts[cut:])
 
     def _pass_on(self, hidden: torch.Tensor, sampling_rows: Int32) -> None:
         """To the next stage; the last will tell what it sampled for these rows."""

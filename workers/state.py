@@ -12,7 +12,7 @@ import torch
 
 from shoal.workers.batch import AttentionMetadata, ForwardBatch
 from shoal.workers.pending import to_device
-from shoal.workers.plan import Int32, SchedulerOutput
+from shoal.workers.plan import Int32, NewRow, SchedulerOutput
 
 
 class BatchState:
@@ -36,17 +36,27 @@ class BatchState:
 
     def apply(self, plan: SchedulerOutput) -> None:
         """Take in the plan's new rows and blocks."""
-        for new in plan.new_rows:
-            length = len(new.token_ids)
-            self.token_ids[new.row, :length] = self._tensor(new.token_ids)
-            self.num_prompt_tokens[new.row] = new.num_prompt_tokens
-            self.num_tokens[new.row] = length
-            self.ended[new.row] = False
-            self.num_computed[new.row] = new.num_computed_tokens
-            self.prompt_lens[new.row] = new.num_prompt_tokens
+        if plan.new_rows:
+            self._enter(plan.new_rows)
         if len(plan.block_ids):
             rows, positions = self._tensor(plan.block_rows).long(), self._tensor(plan.block_positions).long()
             self.block_tables[rows, positions] = self._tensor(plan.block_ids)
+
+    def _enter(self, new_rows: list[NewRow]) -> None:
+        """All at once, from pinned memory: a number set by itself is a copy that makes the host wait for the device."""
+        rows = np.array([new.row for new in new_rows], np.int32)
+        lengths = np.array([len(new.token_ids) for new in new_rows], np.int32)
+        prompts = np.array([new.num_prompt_tokens for new in new_rows], np.int32)
+        self.num_computed[rows] = [new.num_computed_tokens for new in new_rows]
+        self.prompt_lens[rows] = prompts
+        places = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        flat = np.stack([np.repeat(rows, lengths), places, np.concatenate([new.token_ids for new in new_rows])])
+        flat_rows, flat_places, token_ids = self._tensor(flat)
+        self.token_ids[flat_rows.long(), flat_places.long()] = token_ids
+        index, length, prompt = self._tensor(np.stack([rows, lengths, prompts]))
+        self.num_prompt_tokens[index.long()] = prompt
+        self.num_tokens[index.long()] = length
+        self.ended.index_fill_(0, index.long(), False)
 
     def forward_batch(self, rows: Int32, counts: Int32) -> ForwardBatch:
         """Input of a pass over the next counts[i] tokens of rows[i]; `advance` must follow."""

@@ -74,7 +74,7 @@ class JobConfig(BaseModel):
     replicas: int = Field(default=1, ge=1)
     """Engines that share the rows."""
     max_restarts: int = Field(default=12, ge=0)
-    """Deaths of engines in a row, with no row answered in between, after which the job fails."""
+    """Deaths of engines, or of their ranks, in a row with no row answered in between, after which the job fails."""
     solo_deaths: int = Field(default=3, ge=1)
     """Times an engine must die with a row alone in it before that row is put aside as an error."""
     drain_s: float | None = Field(default=None, ge=0)

@@ -183,6 +183,7 @@ class Job:
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
             LOGGER.warning("%s", result)
+            self._num_faults = result.num_faults
         return result.num_rows if result.complete else None
 
     def _counted_before(self) -> tuple[int, int]:

@@ -103,6 +103,7 @@ class Runner:
         for replica in self.replicas.values():
             replica.join(max(0.0, deadline - time.monotonic()))
             self._committer.made(replica.session, self._made(replica))
+        self._feeder.join(max(0.0, deadline - time.monotonic()))
         self._dispatcher.lanes.clear()
         self._samples.finish()
         self._observe()
@@ -348,8 +349,6 @@ class Runner:
             del self._sent[one]
         if numbers:
             self.replicas[number].abort(numbers)
-
-    # ---- the rest ----------------------------------------------------------------------------------------------
 
     def _sync(self, force: bool = False) -> None:
         """A full disk pauses the job: nothing is given out until there is room again."""

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from shoal.driver.config import GIB, NOT_SUPPORTED, EngineConfig, UnknownArgumentError, cpu_kvcache_bytes, make_config
-from shoal.driver.resolve import check_model_len, count_blocks, pick_device, resolve_budgets
+from shoal.driver.resolve import (
+    check_model_len,
+    count_blocks,
+    pick_device,
+    plans_in_flight,
+    resolve_budgets,
+    scarcest,
+)
 
 SPEC = SimpleNamespace(max_position_embeddings=2048)
 
@@ -82,6 +89,16 @@ def test_device() -> None:
         pick_device(make_config(model="m", tensor_parallel_size=4), {"GPU": 2.0})
     with pytest.raises(ValueError, match="has 0"):
         pick_device(make_config(model="m", device="cuda"), {})
+
+
+def test_stages() -> None:
+    with pytest.raises(ValueError, match="pipeline_parallel_size=3 needs 6 GPU"):
+        pick_device(make_config(model="m", tensor_parallel_size=2, pipeline_parallel_size=3), {"GPU": 5.0})
+    assert scarcest([100, 90, 80], [10, 5, 7]) == (100, 10), "10, 18 and 11 blocks"
+    staged = make_config(model="m", pipeline_parallel_size=3, lookahead=2)
+    assert plans_in_flight(staged, steady=False) == 4, "one in each stage, and two that wait"
+    assert plans_in_flight(staged, steady=True) == 0
+    assert plans_in_flight(make_config(model="m", pipeline_parallel_size=3, lookahead=0), steady=False) == 0
 
 
 def test_budgets() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -158,6 +159,7 @@ def traces(draw: st.DrawFn) -> tuple[SchedulerLimits, int, dict[int, list], list
         long_prefill_token_threshold=draw(st.sampled_from([0, 3])),
         enable_prefix_caching=draw(st.booleans()),
         use_priority=draw(st.booleans()),
+        num_lanes=draw(st.sampled_from([1, 1, 2, 3])),
     )
     events: dict[int, list] = {}
     requests, aborted = [], set()
@@ -329,6 +331,24 @@ def test_bursts_only_when_everything_decodes() -> None:
     assert scheduler.num_plans_inflight == 2
     scheduler.add(long_request(1, [4] * 4, 4))
     assert scheduler.schedule().output.num_steps == 1
+
+
+def test_lanes_take_turns_and_stay_even() -> None:
+    """As pipeline stages want it: the next plan has no row of the one before, and lanes have equally many."""
+    scheduler = Scheduler(limits(num_lanes=2, max_num_seqs=8, decode_burst=1))
+    ranks = FakeRanks(scheduler.limits)
+    for number in range(6):
+        scheduler.add(long_request(number, [2, 3, 4], 12))
+    plans: list[Plan] = []
+    while len(plans) < 9:
+        flight = [plan for _ in range(3) if (plan := scheduler.schedule()) is not None]
+        assert len(flight) == 3
+        for plan in flight:
+            scheduler.update(plan, ranks.execute(plan))
+        plans += flight
+    assert {len(plan.requests) for plan in plans} == {3}
+    for plan, following in itertools.pairwise(plans):
+        assert not set(plan.requests) & set(following.requests)
 
 
 def test_burst_ends_where_max_tokens_does() -> None:

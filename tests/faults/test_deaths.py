@@ -19,6 +19,19 @@ def ids(outputs):
     return [list(part.token_ids) for output in outputs for part in output.outputs]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, stub_ranks, stub_model):
+    """Tokens of the first rows of an engine to which nothing happens; a stub's depend on the row's number only."""
+    from shoal import LLM
+    from shoal.driver import engine
+
+    before = stub_ranks.install()
+    with LLM(stub_model, max_num_seqs=8, max_model_len=256) as llm:
+        found = ids(llm.generate(PROMPTS * 4, PARAMS, use_tqdm=False))
+    engine.RemoteDriver = before
+    return found
+
+
 def ranks(llm):
     import ray
 
@@ -39,13 +52,11 @@ def gone(pid):
         return True
 
 
-def test_a_stopped_rank_is_noticed_named_and_replaced(ray_cluster, make_llm) -> None:
-    llm = make_llm(tensor_parallel_size=2, step_timeout_s=0.75)  # 3 s for the first steps
-    undisturbed = ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
-    again = make_llm(tensor_parallel_size=2, step_timeout_s=0.75)
+def test_a_stopped_rank_is_noticed_named_and_replaced(undisturbed, make_llm) -> None:
+    again = make_llm(tensor_parallel_size=2, step_timeout_s=0.75)  # 3 s for the first steps
     victim, other = ranks(again)
     later(0.1, os.kill, victim, signal.SIGSTOP)
-    assert ids(again.generate(PROMPTS, PARAMS, use_tqdm=False)) == undisturbed
+    assert ids(again.generate(PROMPTS, PARAMS, use_tqdm=False)) == undisturbed[:24]
     (death,) = again.deaths
     assert "a step did not end within" in death.reason
     assert f"rank 0 (pid {victim} on" in death.reason
@@ -56,11 +67,9 @@ def test_a_stopped_rank_is_noticed_named_and_replaced(ray_cluster, make_llm) -> 
     assert set(ranks(again)).isdisjoint({victim, other})
 
 
-def test_results_of_a_given_up_rank_are_ignored(ray_cluster, make_llm, monkeypatch) -> None:
+def test_results_of_a_given_up_rank_are_ignored(undisturbed, make_llm, monkeypatch) -> None:
     """The ranks are given up but live on, as on a node that cannot be reached; they thaw while new ones work."""
     monkeypatch.setenv("SHOAL_STUB_SPARE_RANKS", "1")
-    llm = make_llm(step_timeout_s=0.75)
-    undisturbed = ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
     again = make_llm(step_timeout_s=0.75)
     (victim,) = ranks(again)
     later(0.1, os.kill, victim, signal.SIGSTOP)
@@ -72,7 +81,7 @@ def test_results_of_a_given_up_rank_are_ignored(ray_cluster, make_llm, monkeypat
 
     later(0.2, thaw)
     outputs = ids(again.generate(PROMPTS * 4, PARAMS, use_tqdm=False))
-    assert outputs[: len(PROMPTS)] == undisturbed
+    assert outputs == undisturbed
     assert len(again.deaths) == 1
     assert not gone(victim), "it was alive all the time"
     os.kill(victim, signal.SIGKILL)
@@ -99,7 +108,7 @@ def test_frames_of_an_older_epoch_are_ignored() -> None:
     assert driver._receive().step_id == 2 << EPOCH_SHIFT
 
 
-def test_a_step_that_never_ends(ray_cluster, make_llm, capfd) -> None:
+def test_a_step_that_never_ends(undisturbed, make_llm, capfd) -> None:
     """One row hangs the rank each time it is run: it ends with an error, the others do not notice."""
     llm = make_llm(step_timeout_s=0.5, max_solo_deaths=1)
     params = [PARAMS] * len(PROMPTS)
@@ -109,17 +118,21 @@ def test_a_step_that_never_ends(ray_cluster, make_llm, capfd) -> None:
     assert "died 1 times with this row alone in it, and 2 times with others" in outputs[5].error
     assert "a step did not end within 2 s" in outputs[5].error
     assert all(len(part) == 40 for part in ids(outputs))
+    said, deadline = "", time.monotonic() + 20
+    while "in execute" not in said and time.monotonic() < deadline:  # Ray brings the driver's log a moment later
+        said += "".join(capfd.readouterr())
+        time.sleep(0.1)
+    assert "stacks of rank 0, epoch 0" in said
+    assert "in execute" in said, "where the rank's loop stood"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_driver_is_replaced(ray_cluster, make_llm, monkeypatch, number) -> None:
+def test_a_dead_driver_is_replaced(undisturbed, make_llm, monkeypatch, number) -> None:
     monkeypatch.setattr("shoal.driver.engine.DRIVER_SILENT_S", 4.0)
-    llm = make_llm()
-    undisturbed = ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
     again = make_llm()
     driver, before = again.llm_engine.driver_pid(), ranks(again)
     later(0.1, os.kill, driver, number)
-    assert ids(again.generate(PROMPTS, PARAMS, use_tqdm=False)) == undisturbed
+    assert ids(again.generate(PROMPTS, PARAMS, use_tqdm=False)) == undisturbed[:24]
     assert again.llm_engine.driver_pid() != driver
     assert gone(driver)
     deadline = time.monotonic() + 20
@@ -128,19 +141,18 @@ def test_a_dead_driver_is_replaced(ray_cluster, make_llm, monkeypatch, number) -
     assert all(map(gone, before)), "its ranks went with it"
 
 
-def test_steps_that_do_not_fit_the_memory(ray_cluster, make_llm, monkeypatch) -> None:
+def test_steps_that_do_not_fit_the_memory(undisturbed, make_llm, monkeypatch) -> None:
     """Smaller steps, in the same process, and the same tokens."""
     prompts = [[3 + i % 50] * 60 for i in range(12)]
-    undisturbed = ids(make_llm().generate(prompts, PARAMS, use_tqdm=False))
     monkeypatch.setenv("SHOAL_STUB_MOST_TOKENS", "100")
     llm = make_llm(step_channel="ray")
     before = ranks(llm)
-    assert ids(llm.generate(prompts, PARAMS, use_tqdm=False)) == undisturbed
+    assert ids(llm.generate(prompts, PARAMS, use_tqdm=False)) == undisturbed[:12]
     assert llm.deaths == []
     assert ranks(llm) == before
 
 
-def test_a_row_that_fits_no_memory_fails_alone(ray_cluster, make_llm) -> None:
+def test_a_row_that_fits_no_memory_fails_alone(undisturbed, make_llm) -> None:
     """Of two ranks, which are made anew: one may wait for the other inside the step."""
     llm = make_llm(tensor_parallel_size=2)
     params = [PARAMS] * len(PROMPTS)

@@ -93,8 +93,9 @@ def run_rounds(folder: str, rounds: int, **arguments: object) -> None:
                 assert value <= before[name] + 8, f"{name} after round {number}: {before[name]}, then {value}"
             else:
                 assert value == before[name], f"{name} after round {number}"
+        if number % 10 == 0:
+            print(f"after {number} rounds: {now}", flush=True)
     assert not now["actors"] + now["groups"] + now["files"]
-    print(f"{rounds} rounds: {before}, then {now}")
 
 
 def settle(before: dict[str, object] | None) -> dict[str, object]:

@@ -342,6 +342,7 @@ def test_compiles_for_hopper(name, compiled_for_hopper) -> None:
     run = load_op(name).get("triton")
     keep_wide = {
         "sample_rows": (1,),
+        "best_of_part": (1,),
         "sample": (1, 2),
         "qk_norm_rope_store": (4,),
         "penalise": (0, 4),

@@ -6,8 +6,11 @@ scheduler over the outputs of the one that would answer the driver. Rank 0 write
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import sys
+import time
 from collections import deque
 from typing import Any
 
@@ -21,6 +24,7 @@ from shoal.driver.draft import SchedulerLimits
 from shoal.driver.request import EngineRequest
 from shoal.driver.scheduler import Scheduler
 from shoal.kernels.registry import use_implementation
+from shoal.workers import runner as runner_module
 from shoal.workers.config import LoadConfig, WorkerConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.parallel import TensorParallel
@@ -53,26 +57,34 @@ def requests(count: int) -> list[EngineRequest]:
     return made
 
 
-def build(job: dict[str, Any], rank: int, device: str) -> tuple[ModelRunner, TensorParallel]:
-    tp_size, stages = job["layout"]
+def join(job: dict[str, Any], rank: int) -> TensorParallel:
+    (tp_size, stages), device = job["layout"], job["device"]
+    return TensorParallel.init(rank, tp_size * stages, job["init"], device, 120.0, stages)
+
+
+def build(job: dict[str, Any], rank: int, tp: TensorParallel) -> ModelRunner:
+    (tp_size, stages), device = job["layout"], job["device"]
+    use_implementation("triton" if device == "cuda" else "reference")
     spec = ModelSpec.from_hf(transformers.AutoConfig.from_pretrained(job["folder"]))
-    tp = TensorParallel.init(rank, tp_size * stages, job["init"], device, 120.0, stages)
     torch_device = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
     pipeline = Pipeline.init(Stage(rank // tp_size, stages), tp.rank, tp_size, torch_device)
     config = WorkerConfig(
         spec, LoadConfig(job["folder"]), rank, tp_size * stages, device, job.get("dtype", "float32"), BLOCK_SIZE,
         MAX_MODEL_LEN, MAX_NUM_SEQS, job["max_num_batched_tokens"], job.get("enforce_eager", False), 1, stages,
+        job.get("disable_custom_all_reduce", False),
     )  # fmt: skip
+    runner_module._OVERLAP_TOKENS = job.get("overlap_tokens", 1 << 30)
     runner = ModelRunner(config, tp, (), pipeline)
     runner.load()
     runner.allocate_kv(job["num_blocks"])
-    return runner, tp
+    return runner
 
 
-def run(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
+def run(job: dict[str, Any], rank: int, tp: TensorParallel) -> dict[str, Any]:
     tp_size, stages = job["layout"]
     answering = tp_size * (stages - 1)
-    runner, tp = build(job, rank, device)
+    tp.peers = None  # the last job's
+    runner = build(job, rank, tp)
     limits = SchedulerLimits(
         MAX_MODEL_LEN, MAX_NUM_SEQS, job["max_num_batched_tokens"], job["num_blocks"], BLOCK_SIZE, job["burst"],
         num_lanes=stages,
@@ -96,28 +108,37 @@ def run(job: dict[str, Any], rank: int, device: str) -> dict[str, Any]:
             prompt = [done.prompt_logprobs[start] for start in sorted(done.prompt_logprobs)]
             logprobs = [line for entry in [*done.logprobs, *prompt] for line in entry.ids.tolist()]
             rows[done.source.number] = [done.token_ids[done.num_prompt_tokens :], done.finish_reason, logprobs]
-    tp.destroy()
+    peers = tp.peers
     return {
         "rows": [rows[number] for number in sorted(rows)],
         "preemptions": scheduler.stats.num_preemptions,
         "overlapping": overlapping,
         "block_bytes": runner.block_bytes(),
+        "peers": peers is not None,
+        "sums_beside": -1 if peers is None or peers.overlap is None else peers.overlap.num_sums,
         "graphs": 0 if runner.graphs is None else len(runner.graphs._graphs),
     }
 
 
 def main() -> None:
     rank, jobs, output = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(rank)
+    faulthandler.dump_traceback_later(float(os.environ.get("SHOAL_TEST_HANGS_S", 500)), exit=True)
     torch.set_num_threads(1)
-    use_implementation("triton" if device == "cuda" else "reference")
-    results = []
+    results: list[Any] = []
+    layout, tp = None, TensorParallel()
     for job in jobs:
-        if rank < job["layout"][0] * job["layout"][1]:
-            with torch.inference_mode():
-                results.append(run(job, rank, device))
+        if rank >= job["layout"][0] * job["layout"][1]:
+            continue
+        started = time.monotonic()
+        if job["device"] == "cuda":
+            torch.cuda.set_device(rank)
+        if job["layout"] != layout:
+            tp.destroy()
+            layout, tp = job["layout"], join(job, rank)
+        with torch.inference_mode():
+            results.append(run(job, rank, tp))
+        print(f"rank {rank}: {job} took {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    tp.destroy()
     if rank == 0:
         with open(output, "w", encoding="utf-8") as file:
             json.dump(results, file)

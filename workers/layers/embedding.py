@@ -63,8 +63,17 @@ class ParallelLMHead(VocabParallelEmbedding):
         self.rows, self.first, self.weight = tie.rows, tie.first, tie.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, embedding_dim] -> logits [n, vocab_size], whole on every rank."""
-        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size]
+        """[n, embedding_dim] -> logits of this rank's part of the vocabulary, [n, rows]."""
+        return linear(hidden, self.weight)
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """The ranks' parts [n, rows] -> logits [n, vocab_size], whole on every rank."""
+        return self.tp.all_gather(logits)[:, : self.vocab_size]
+
+    @property
+    def num_ids(self) -> int:
+        """Ids of this rank's part, `first` the first of them; the other rows are padding."""
+        return max(0, min(self.rows, self.vocab_size - self.first))
 
 
 class LearnedPositions(torch.nn.Module):

@@ -155,6 +155,9 @@ class RowParallelLinear(torch.nn.Module):
 
         residual [num_tokens, output_size] may be overwritten.
         """
+        peers = self.tp.peers
+        if peers is not None and x.shape[0] <= peers.num_rows:
+            return peers.linear_add_norm(x, self.weight, self.bias, residual, norm, scale)
         output: torch.Tensor = self(x)
         if scale != 1.0:
             output = output * scale

@@ -77,6 +77,10 @@ class Model(torch.nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> logits [n, vocab_size], the same on every rank."""
+        return self.lm_head.gather(self.local_logits(hidden))
+
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> logits of this rank's part of the vocabulary, [n, lm_head.rows]; padding has logits too."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -20,6 +20,7 @@ from shoal.workers.pipeline import WHOLE, Stage
 if TYPE_CHECKING:
     from shoal.workers.batch import AttentionMetadata, ForwardBatch
     from shoal.workers.models.spec import ModelSpec
+    from shoal.workers.overlap import Overlap
     from shoal.workers.parallel import TensorParallel
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # table of cosines and sines, positions of the pass's tokens
@@ -103,10 +104,27 @@ class DecoderLayer(torch.nn.Module):
 
         All [T, hidden]; without a next_norm the first result is the residual itself.
         """
+        x, residual = self.attend(x, residual, rotation, metadata, kv_cache)
+        return self.feed(x, residual, next_norm)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        rotation: Rotation,
+        metadata: AttentionMetadata,
+        kv_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first block of `forward`: (post_attention_layernorm of the new residual, the new residual)."""
         heads = self.self_attn(x, rotation, metadata, kv_cache)
-        scale = self.residual_multiplier
-        x, residual = self.self_attn.o_proj.add_norm(heads, residual, self.post_attention_layernorm, scale)
-        return self.mlp.down_proj.add_norm(self.mlp(x), residual, next_norm, scale)
+        norm, scale = self.post_attention_layernorm, self.residual_multiplier
+        return self.self_attn.o_proj.add_norm(heads, residual, norm, scale)
+
+    def feed(
+        self, x: torch.Tensor, residual: torch.Tensor, next_norm: RMSNorm | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second block."""
+        return self.mlp.down_proj.add_norm(self.mlp(x), residual, next_norm, self.residual_multiplier)
 
 
 class DecoderModel(Model):
@@ -134,15 +152,35 @@ class DecoderModel(Model):
 
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """See Model.forward."""
-        x = self._embed(batch.input_ids) if batch.hidden is None else batch.hidden
-        rotation = (self.rotary_emb.cos_sin, batch.positions)
         own = list(self.own(self.layers, kv_cache))
         norms = [layer.input_layernorm for layer, _ in own] + [self.norm if self.stage.last else None]
+        x = self._embed(batch.input_ids) if batch.hidden is None else batch.hidden
+        if batch.halves is not None and self.tp.peers is not None and self.tp.peers.overlap is not None:
+            return self._forward_halves(x, batch.halves, own, norms, self.tp.peers.overlap)
+        rotation = (self.rotary_emb.cos_sin, batch.positions)
         x, residual = norms[0](x), x
         for (layer, cache), next_norm in zip(own, norms[1:], strict=True):
             x, residual = layer(x, residual, rotation, batch.attention, cache, next_norm)
         output: torch.Tensor = x
         return output
+
+    def _forward_halves(
+        self, x: torch.Tensor, halves: Sequence[ForwardBatch], own: list[Any], norms: list[Any], overlap: Overlap
+    ) -> torch.Tensor:
+        """The layers over both halves in turn: while one computes, the other's sum over the ranks travels."""
+        sizes = [len(half.input_ids) for half in halves]
+        firsts = [0, sizes[0]]
+        streams = [(norms[0](part), part) for part in x.split(sizes)]
+        rotations = [(self.rotary_emb.cos_sin, half.positions) for half in halves]
+        for (layer, cache), next_norm in zip(own, norms[1:], strict=True):
+            for i, half in enumerate(halves):
+                with overlap.half(firsts[i]):
+                    streams[i] = layer.attend(*streams[i], rotations[i], half.attention, cache)
+            for i in range(len(halves)):
+                with overlap.half(firsts[i]):
+                    streams[i] = layer.feed(*streams[i], next_norm)
+        overlap.finish()
+        return overlap.results(len(x))
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = self.embed_tokens(input_ids)

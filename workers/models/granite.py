@@ -10,6 +10,6 @@ from shoal.workers.models.decoder import DecoderModel
 class GraniteForCausalLM(DecoderModel):
     """The embedding, attention and residual multipliers are ModelSpec numbers that the shared blocks apply."""
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> logits [n, vocab_size], divided by logits_scaling."""
-        return super().compute_logits(hidden) / self.spec.logits_scaling
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Model.local_logits; divided by logits_scaling."""
+        return super().local_logits(hidden) / self.spec.logits_scaling

@@ -1,0 +1,98 @@
+"""Waiting for places: how long, with what words, and that nothing is left reserved. No Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from shoal.driver import placement
+from shoal.driver.placement import PlacementError, reserve
+from shoal.driver.resolve import pick_device
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes of 2 GPUs, all taken; `granted_after` seconds the group gets its place."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}},
+    ]
+    state = SimpleNamespace(granted_after=1e9, removed=[], asked=None)
+
+    class Group:
+        began = time.monotonic()
+
+        def wait(self, seconds):
+            time.sleep(0.01)
+            return time.monotonic() - self.began > state.granted_after
+
+    def make(bundles, strategy):
+        state.asked = (bundles, strategy)
+        return Group()
+
+    monkeypatch.setattr(placement, "placement_group", make)
+    monkeypatch.setattr(placement, "remove_placement_group", state.removed.append)
+    monkeypatch.setattr(placement.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(placement, "IMPOSSIBLE_S", 0.2)
+    return state
+
+
+BUNDLE = {"CPU": 0.04, "GPU": 4}
+
+
+def test_what_no_node_can_hold_is_refused_soon(cluster):
+    began = time.monotonic()
+    with pytest.raises(PlacementError) as caught:
+        reserve(BUNDLE, 1, 30, wait_for_nodes=False)
+    assert time.monotonic() - began < 5
+    message = str(caught.value)
+    assert "1 x (0.04 CPU, 4 GPU), each on one node, of 2 nodes" in message
+    assert "GPU: 4 needed, 1 free of 4" in message
+    assert "The nodes hold 0 of 1 even when idle: the most that one has is 4 CPU, 2 GPU" in message
+    assert len(cluster.removed) == 1
+
+
+def test_a_cluster_that_grows_is_waited_for(cluster):
+    with pytest.raises(PlacementError, match="within 1 s"):
+        reserve(BUNDLE, 1, 0.8, wait_for_nodes=True)
+    cluster.granted_after = 0.5
+    reserve(BUNDLE, 1, 30, wait_for_nodes=True)
+    assert len(cluster.removed) == 1
+
+
+def test_what_is_taken_is_waited_for_aloud(cluster, monkeypatch, caplog):
+    monkeypatch.setattr(placement, "_REMIND_S", 0.1)
+    monkeypatch.setattr(placement.LOGGER, "propagate", True)
+    with (
+        caplog.at_level(logging.WARNING, placement.LOGGER.name),
+        pytest.raises(PlacementError, match="They would fit, but what they need is taken"),
+    ):
+        reserve({"CPU": 0.02, "GPU": 2}, 2, 1.0, wait_for_nodes=False)
+    assert "waiting for places since " in caplog.text
+    assert "GPU: 4 needed, 1 free of 4" in caplog.text
+    assert cluster.asked == ([{"CPU": 0.02, "GPU": 2}] * 2, "PACK")
+
+
+def test_an_interrupt_leaves_no_group(cluster, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(placement, "_lack", lambda *_: interrupt(0))
+    with pytest.raises(KeyboardInterrupt):
+        reserve(BUNDLE, 1, 30, wait_for_nodes=False)
+    assert len(cluster.removed) == 1
+
+
+def test_gpus_that_may_come_are_not_refused_at_once():
+    from shoal.driver.config import make_config
+
+    waiting = make_config(model="m", device="cuda", tensor_parallel_size=2, wait_for_nodes=True)
+    assert pick_device(waiting, {}) == "cuda"
+    with pytest.raises(ValueError, match="the Ray cluster has 0"):
+        pick_device(make_config(model="m", device="cuda", tensor_parallel_size=2), {})
