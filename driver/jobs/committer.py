@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
 
 _SYNC_S = 0.1  # oldest an answer gets in memory
+_BETWEEN_SYNCS_S = 0.02  # a busy disk takes this long: at thousands of rows a second the loop would only wait for it
 CLEARED = "clear"
 
 
@@ -142,8 +143,8 @@ class Committer:
 
     def is_due(self) -> bool:
         """There are enough answers to make durable, or they are old enough."""
-        waiting = self.ledger.num_unsynced
-        return waiting >= self._commit_rows or (waiting > 0 and time.monotonic() - self._synced >= _SYNC_S)
+        waiting, age_s = self.ledger.num_unsynced, time.monotonic() - self._synced
+        return (waiting >= self._commit_rows and age_s >= _BETWEEN_SYNCS_S) or (waiting > 0 and age_s >= _SYNC_S)
 
     def sync(self, force: bool = False) -> bool:
         """Makes answers durable when that is due. True where it was tried."""

@@ -88,7 +88,7 @@ class JobConfig(BaseModel):
     """Go on although input, model or parameters changed: rows that changed are computed again, others are kept."""
 
     commit_rows: int = Field(default=64, ge=1)
-    """Answers after which they are made durable; a tenth of a second without news does it too."""
+    """Answers after which they are made durable, up to 50 times a second; a tenth of a second does it too."""
     object_rows: int = Field(default=2_000, ge=1)
     """Answers in one ledger object, on stores that cannot append."""
     object_seconds: float = Field(default=10.0, gt=0)
