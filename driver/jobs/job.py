@@ -303,6 +303,8 @@ class Job:
 
     def _report(self) -> None:
         """The job is over and its rows are safe: a report that cannot be written changes nothing about that."""
+        if self._stop.at_once:  # the command `shoal report` makes it later
+            return
         try:
             page = write_report(self._store)
         except OSError as error:
