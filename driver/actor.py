@@ -23,8 +23,10 @@ from shoal.driver.draft import Plan
 from shoal.driver.engine_telemetry import EngineTelemetry
 from shoal.driver.gang import Gang
 from shoal.driver.healing import EngineDeadError, Healer
+from shoal.driver.lease import Lease
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
+from shoal.driver.replica import Place
 from shoal.driver.request import (
     Death,
     EngineRequest,
@@ -95,6 +97,7 @@ class Driver:
         self._controls: deque[_Control] = deque()
         self._inflight: deque[Plan] = deque()
         self._outbox: list[FinishedRequest | Death] = []
+        self._lease: Lease | None = None
         self._acknowledged = 0  # what has left the outbox
         self._news = threading.Condition()
         self._failure: str | None = None
@@ -108,10 +111,10 @@ class Driver:
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
-    def place(self) -> dict[str, Any]:
+    def place(self, place: Place) -> dict[str, Any]:
         """Get the ranks their places and their processes started, with no model yet. Says where this process is."""
         set_up_logging()  # a cluster that has no place is waited for aloud
-        self._gang.place()
+        self._gang.place(place)
         return whereabouts()
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:
@@ -146,9 +149,15 @@ class Driver:
             raise RuntimeError("the engine sleeps: call wake_up() first")
         self._inbox.put(requests)
 
+    def end_when_silent(self, seconds: float) -> None:
+        """End everything, this process too, when `collect` is not called for so long."""
+        self._lease = Lease(seconds, self.shutdown)
+
     def collect(self, mark: int, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds. They are kept until the caller gives
         their mark back, so an interrupted call takes nothing away from the next."""
+        if self._lease is not None:
+            self._lease.renew()
         with self._news:
             del self._outbox[: max(0, mark - self._acknowledged)]
             self._acknowledged = max(mark, self._acknowledged)

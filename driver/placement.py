@@ -28,8 +28,10 @@ class PlacementError(RuntimeError):
     """The cluster cannot place the ranks."""
 
 
-def reserve(bundle: dict[str, float], count: int, timeout_s: float, wait_for_nodes: bool) -> PlacementGroup:
-    """A placement group of `count` equal bundles, packed onto as few nodes as hold them.
+def reserve(
+    bundle: dict[str, float], count: int, timeout_s: float, wait_for_nodes: bool, node_id: str | None = None
+) -> PlacementGroup:
+    """A placement group of `count` equal bundles, packed onto as few nodes as hold them, or all on the node `node_id`.
 
     PlacementError, which says what is missing, after `timeout_s` seconds; after IMPOSSIBLE_S where the nodes that there
     are could not hold the bundles if they were empty, unless `wait_for_nodes`. While it waits, the log says for what.
@@ -38,7 +40,8 @@ def reserve(bundle: dict[str, float], count: int, timeout_s: float, wait_for_nod
     remove_orphans()
     owner = ray.get_runtime_context().get_actor_id()
     name = f"{_OWNED}{owner}-{uuid.uuid4().hex[:8]}" if owner else ""
-    group = placement_group([bundle] * count, strategy="PACK", name=name)
+    selector = None if node_id is None else [{"ray.io/node-id": node_id}] * count
+    group = placement_group([bundle] * count, strategy="PACK", name=name, bundle_label_selector=selector)
     reminded = 0.0
     try:
         while not group.wait(0.5):

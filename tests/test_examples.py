@@ -147,6 +147,15 @@ def test_batch_errors(weights, tmp_path):
     assert "on_error='raise': ValueError: " in result.stdout
 
 
+def test_ray_data(weights, tmp_path):
+    result = run_example("ray_data.py", weights, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = dict(re.findall(r"^'(\w*)' -> (.*)$", result.stdout, re.MULTILINE))
+    assert set(rows) == {"France", "Italy", "", "Japan"}
+    assert "Paris" in rows["France"]
+    assert rows[""] == "'ValueError: the row names no country'"
+
+
 def test_logits_processor(weights, tmp_path):
     result = run_example("logits_processor.py", weights, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

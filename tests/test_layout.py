@@ -148,7 +148,15 @@ def test_driver_imports_only_torch_free_modules():
     assert any(path.is_relative_to(ROOT / "workers") for path in seen), "the walk no longer reaches workers/"
 
 
-@pytest.mark.parametrize("statement", ["import shoal", "import shoal.driver.actor", "from shoal import SamplingParams"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import shoal",
+        "import shoal.driver.actor",
+        "from shoal import SamplingParams",
+        "from shoal.data import Generate",
+    ],
+)
 def test_process_stays_free_of_torch(statement):
     code = f"{statement}\nimport sys\nprint(sorted({HEAVY!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
@@ -158,7 +166,7 @@ def test_process_stays_free_of_torch(statement):
 
 def test_importing_shoal_leaves_ray_alone():
     """The front of the package is lazy: its import is cheap and starts nothing."""
-    code = "import shoal, sys; print(sorted({'ray', 'pydantic'} & set(sys.modules)))"
+    code = "import shoal, shoal.data, sys; print(sorted({'ray', 'pydantic'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
     assert result.stdout.strip() == "[]", result.stderr
 

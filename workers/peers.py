@@ -7,6 +7,7 @@ loads and stores only: NVLink multicast is never asked for.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("shoal")
 _MOST_BYTES = 512 << 20  # of a rank's parts: larger steps go through NCCL
 _MEETING_ROWS = 512  # of a rank: up to here the kernel's programs wait for their like themselves, each for its row
+_PLACE_BYTES = 512  # of what a rank says of its place, as JSON
 _COPY_BYTES = 4 << 20  # up to here all_reduce, which copies in and out, is faster than NCCL
 
 
@@ -139,16 +141,24 @@ def share_of(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
 
 def _obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
     """Why these ranks cannot map each other's memory, the same on every rank; "" if they can."""
-    own = (socket.gethostname(), _boot_id(), device.index)
-    places: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(places, own, group=group)
-    if len({place[:2] for place in places}) > 1:
+    places = _gather(group, device, [socket.gethostname(), _boot_id(), device.index])
+    if len({tuple(place[:2]) for place in places}) > 1:
         return f"the ranks are on different hosts ({', '.join(sorted({place[0] for place in places}))})"
     for i, (_, _, a) in enumerate(places):
         for j, (_, _, b) in enumerate(places):
             if a != b and not torch.cuda.can_device_access_peer(a, b):
                 return f"the GPUs of ranks {i} and {j} have no peer access"
     return "two ranks share a GPU" if len({place[2] for place in places}) < len(places) else ""
+
+
+def _gather(group: dist.ProcessGroup, device: torch.device, own: list[Any]) -> list[list[Any]]:
+    """What every rank gave, by rank. JSON in tensors: torch's own gathering of objects unpickles what comes in."""
+    text = json.dumps(own).encode()
+    assert len(text) <= _PLACE_BYTES, f"{len(text)} bytes"
+    sent = torch.tensor(list(text.ljust(_PLACE_BYTES)), dtype=torch.uint8, device=device)
+    found = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, sent, group=group)
+    return [json.loads(bytes(one.tolist())) for one in found]
 
 
 def _boot_id() -> str:

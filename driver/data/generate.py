@@ -13,17 +13,20 @@ import numpy as np
 from shoal.driver.binding import Row
 from shoal.driver.data.config import make_processor_config
 from shoal.driver.data.pump import Answer, Pump
-from shoal.driver.data.rows import STATE, answer_arrays, with_columns
+from shoal.driver.data.rows import STATE, answer_arrays, as_table, with_columns
 from shoal.driver.data.stages import Preparation
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.plain import answer_columns
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.outputs import make_output
+from shoal.driver.replica import EngineLike, Place, StartEngine
+
+_SILENT_S = 20.0  # after which an engine takes it that this actor is no more
 
 
 class Generate:
-    """Answers batches of rows: `ds.map_batches(shoal.data.Generate, batch_format="pyarrow", ...)`.
+    """Answers batches of rows: `ds.map_batches(shoal.data.Generate, fn_constructor_kwargs={"engine": {...}}, ...)`.
 
     Rows go to the engine one by one, and a batch leaves when its last row is finished. So that slow rows do not leave
     the engine idle, let the actor have many batches at once: `build_processor` does, and docs/ray_data.md says how
@@ -57,7 +60,8 @@ class Generate:
                 self._pump.close()
 
     async def __call__(self, table: Any) -> Any:
-        """The rows of a table with their answers."""
+        """The rows of a batch, in any of Ray Data's formats, with their answers, as an Arrow table."""
+        table = as_table(table)
         if STATE not in table.column_names:
             if self._preparation is None:
                 self._preparation = Preparation(self._config, self._model)
@@ -105,7 +109,8 @@ class Generate:
             str(row.index), row.prompt, row.token_ids, row.bound.params, answer, self._tools.decoder, log_stats=False
         )
         if output.error is not None:
-            return Fault("engine_refused", "engine", output.error)
+            code = next((child.error_code for child in answer if child.error_code), "engine_refused")
+            return Fault(code, "engine", output.error)
         return answer_columns(output, token_ids=True, always_completions=False)
 
     def _joined(self, table: Any, states: list[Any], answers: list[dict[str, Any]], faults: list[Fault | None]) -> Any:
@@ -115,3 +120,15 @@ class Generate:
         if self._config.prompt_column not in table.column_names:  # of conversations: what the template made of them
             columns[self._config.prompt_column] = pa.array([state["prompt"] for state in states], pa.string())
         return with_columns(table.drop_columns([STATE]), columns)
+
+
+def _starter(model: RowModel, solo_deaths: int) -> StartEngine:
+    """Starts engines that do not outlive this actor, whatever ends it."""
+    start = model.starter(solo_deaths)
+
+    def begin(place: Place | None = None) -> EngineLike:
+        engine = start(place)
+        engine.end_when_silent(_SILENT_S)
+        return engine
+
+    return begin

@@ -17,7 +17,7 @@ from shoal.driver.placement import PlacementError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_PREPARE_ROWS = 1024  # of a block: one task's work
+_PREPARE_ROWS = 256  # of a block: one task's work
 _ENGINE_CPUS = 0.01
 _POST_CPUS = 0.25
 _READ_CPUS = 1.0  # what Ray Data's own tasks take
@@ -33,10 +33,13 @@ def build_processor(
 
     `preprocess(row)` returns columns that are laid over the row's (prompt or messages, sampling_params);
     `postprocess(row)` returns the columns of the output, for answered rows. An exception in either is that row's error.
-    Raises ValueError for a wrong config, or a model that cannot be used. docs/ray_data.md has the row contract.
+    Uses the Ray that is there, as LLM does, or starts one. Raises ValueError for a wrong config, or a model that cannot
+    be used. docs/ray_data.md has the row contract.
     """
     checked = make_processor_config(config)
-    return _Processor(checked, RowModel.find(checked.engine), preprocess, postprocess)
+    model = RowModel.find(checked.engine)
+    connect(checked.engine.address)  # before a Dataset is made, which would start or join a Ray by its own rule
+    return _Processor(checked, model, preprocess, postprocess)
 
 
 class _Processor:
@@ -53,7 +56,6 @@ class _Processor:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         config = self._config
-        connect(config.engine.address)
         self._check_cpus()
         name, text = new_name(), config.prompt_template
         if text is not None:
@@ -61,8 +63,9 @@ class _Processor:
         light = self._model.portable()
         plain = config.model_copy(update={"prompt_template": text, "engine": light.config})
         preparing = ray.put((plain, light, self._before))
-        whole = replace(self._model, resolved=replace(self._model.resolved, hf_config=None))
-        generating = ray.put((config, whole))
+        engine = config.engine.model_copy(update={"hf_token": None})  # the ranks have it from LoadConfig
+        whole = replace(self._model, config=engine, resolved=replace(self._model.resolved, hf_config=None))
+        generating = ray.put((config.model_copy(update={"engine": engine}), whole))
         blocks = config.open_blocks(config.engine.max_num_seqs or self._slots())
         ready = dataset.repartition(target_num_rows_per_block=_PREPARE_ROWS).map_batches(
             prepare,

@@ -12,14 +12,15 @@ from typing import Any
 from shoal.driver.binding import Binder, Row
 from shoal.driver.dispatch import Dispatcher
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.outcome import brief
 from shoal.driver.jobs.work import Work
 from shoal.driver.log import LOGGER
 from shoal.driver.replica import Down, News, Replica, StartEngine, Up
-from shoal.driver.request import EngineRequest, FinishedRequest
+from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 _MOST_BOOT_FAILURES = 3
 _RETRY_S = 1.0
-_END_S = 60.0
+_END_S = 1.0
 
 Answer = list[FinishedRequest] | Fault
 
@@ -40,7 +41,7 @@ class Pump:
         """Starts the engine and waits for it; raises why it could not be started."""
         self._start, self._max_restarts = start, max_restarts
         self._inbox: SimpleQueue[Any] = SimpleQueue()
-        self._dispatcher = Dispatcher(solo_deaths)
+        self._dispatcher: Dispatcher[Work] = Dispatcher(solo_deaths)
         self._replica = Replica(0, start, self._inbox)
         event = self._inbox.get()
         if isinstance(event, Down):
@@ -68,28 +69,37 @@ class Pump:
         return future
 
     def close(self) -> None:
-        """Ends the engine and gives back what it holds; rows in it are lost."""
+        """Ends the engine and gives back what it holds; rows in it are lost. Does not wait for it."""
         self._inbox.put(None)
         self._replica.stop()
-        self._replica.join(_END_S)
+        self._replica.engine.end_when_silent(_END_S)  # should there be no time left to end it in order
 
     def _run(self) -> None:
         while (event := self._inbox.get()) is not None:
             try:
-                while event is not None:
-                    self._handle(event)
-                    event = self._inbox.get_nowait()
-                return
-            except Empty:
+                if not self._take(event):
+                    return
                 self._feed()
             except Exception as error:  # whatever it is, nobody may wait for ever
                 LOGGER.exception("the pipeline's engine is given up")
                 self._fail(error)
 
+    def _take(self, event: Any) -> bool:
+        """Everything that has come in; False where the end is in it."""
+        while event is not None:
+            self._handle(event)
+            try:
+                event = self._inbox.get_nowait()
+            except Empty:
+                return True
+        return False
+
     def _handle(self, event: Any) -> None:
         if isinstance(event, _Group):
             self._add(event)
         elif isinstance(event, News):
+            for death in event.collected.deaths:
+                self._ranks_died(death)
             for result in event.collected.finished:
                 self._finished(result)
         elif isinstance(event, Up):
@@ -119,8 +129,22 @@ class Pump:
         work.results[child] = result
         if len(work.results) == work.size:
             self._dispatcher.done(0, work)
-            self._deaths_in_a_row = 0
+            if not any(one.error_code == "engine_killed" for one in work.results.values()):
+                self._deaths_in_a_row = 0
             self._settle(work, [work.results[child] for child in range(work.size)])
+
+    def _ranks_died(self, death: Death) -> None:
+        """The engine deals with it, or gives up; what it found out is made to outlive it."""
+        LOGGER.warning("ranks of the pipeline's engine died: %s", brief(death.reason))
+        for number, alone in death.tried:
+            if number in self._sent:
+                self._sent[number][0].tries.add(alone, of_ranks=True)
+        self._count_death(RuntimeError(f"the engine's ranks died again and again; the last time: {death.reason}"))
+
+    def _count_death(self, error: Exception) -> None:
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self._max_restarts:
+            raise error
 
     def _settle(self, work: Work, answer: Answer) -> None:
         group, place = self._groups.pop(work.index)
@@ -136,6 +160,8 @@ class Pump:
             work.row.first_sequence = self._next_sequence  # never used twice: late answers find no owner
             self._next_sequence += work.size
             made = self._binder.requests(work.row, 0, work.size)
+            for request in made:
+                request.num_solo_deaths = work.tries.ranks_alone
             self._sent.update((request.number, (work, child)) for child, request in enumerate(made))
             requests += made
         self._replica.submit(requests)
@@ -148,19 +174,13 @@ class Pump:
             LOGGER.warning("the pipeline's engine did not start again: %s", error)
             self._replica = Replica(0, self._start, self._inbox, delay_s=_RETRY_S * 2**self._boot_failures)
             return
-        self._deaths_in_a_row += 1
         self._sent.clear()
         verdict = self._dispatcher.died(0)
         LOGGER.warning("the pipeline's engine died with %d rows in it: %s", len(verdict.tried), error)
         if verdict.guilty is not None:
-            tries = verdict.guilty.tries
-            message = (
-                f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with "
-                f"others; the last time: {error}"
-            )
+            message = verdict.guilty.tries.story(str(error))
             self._settle(verdict.guilty, Fault("engine_killed", "engine", message))
-        if self._deaths_in_a_row > self._max_restarts:
-            raise error
+        self._count_death(error)
         self._replica = Replica(0, self._start, self._inbox)
 
     def _fail(self, error: Exception) -> None:

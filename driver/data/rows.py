@@ -71,6 +71,13 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     return BlockAccessor.batch_to_arrow_block({name: [row.get(name) for row in rows] for name in names})
 
 
+def as_table(batch: Any) -> Any:
+    """A batch as an Arrow table."""
+    from ray.data.block import BlockAccessor
+
+    return batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
+
+
 def plain(value: Any) -> Any:
     """Arrays as lists and NumPy's numbers as Python's, at any depth."""
     if isinstance(value, np.ndarray):

@@ -36,7 +36,7 @@ class Preparation:
         """The table with what preprocess added, and with the column STATE."""
         rows = list(table_rows(table))
         faults: list[Fault | None] = [None] * len(rows)
-        if self._preprocess is not None:
+        if self._preprocess is not None and rows:
             rows = [self._preprocessed(place, row, faults) for place, row in enumerate(rows)]
             table = table_of(rows)
         streams: list[int] = []
@@ -107,6 +107,8 @@ def prepare(table: Any, name: str, reference: list[Any]) -> Any:
 
 def postprocess(table: Any, function: RowFunction, error_column: str) -> Any:
     """`function` over answered rows; rows in error pass as they are."""
+    if not table.num_rows:
+        return table
     rows, faults = [], []
     for row in table_rows(table):
         fault = None if row[error_column] is None else Fault(**row[error_column])

@@ -8,14 +8,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.events import Exhausted, NeedEngine
+from shoal.driver.jobs.outcome import Exit, JobError, brief_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from shoal.driver.jobs.intake import Intake
     from shoal.driver.jobs.model import ModelTools
-
-_END_S = 10.0
 
 
 class Feeder:
@@ -40,11 +39,14 @@ class Feeder:
         self._ahead -= 1
 
     def stop(self) -> None:
-        """No more chunks; the tasks that make them end."""
+        """No more chunks."""
         self._stopping = True
         self._tools.cancel()  # it may be waiting for a model that never came
         self._allowed.release()
-        self._thread.join(_END_S)
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the end of the tasks that make chunks, once there are to be no more."""
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         num_rows = 0
@@ -61,8 +63,12 @@ class Feeder:
                     chunk = self._intake.chunk(settled, needy)
                     num_rows += chunk.num_rows
                     self._inbox.put(chunk)
-        except Exception as error:  # the loop raises it
+        except ValueError as error:  # of the user's; the loop raises it
+            self._inbox.put(Exhausted(num_rows, error))
+            return
+        except Exception as error:  # whatever ended the tasks ends the job
             if not self._stopping:
-                self._inbox.put(Exhausted(num_rows, error))
+                reason = f"the input could not be read: {brief_error(error)}"
+                self._inbox.put(Exhausted(num_rows, JobError(Exit.FAILED, reason)))
             return
         self._inbox.put(Exhausted(num_rows))

@@ -6,6 +6,7 @@ What comes out goes to the job, which alone numbers rows, knows which are done a
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
     import ray
     from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 
+    for name in ("ray.data", "ray.data._internal.progress"):  # they tell of every Dataset; the job has its own display
+        logging.getLogger(name).setLevel(logging.ERROR)
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
@@ -68,10 +71,13 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_STORE_BYTES)
     limit = recipe.config.max_line_bytes
     with DataContext.current(context):
-        items = [{"number": number, "file": file} for number, file in enumerate(recipe.files)]
-        files = ray.data.from_items(items, override_num_blocks=len(items))
-        lines = files.map_batches(
-            _read, batch_size=1, num_cpus=READ_CPUS, compute=TaskPoolStrategy(), fn_kwargs={"limit": limit}
+        count = len(recipe.files)
+        lines = ray.data.range(count, override_num_blocks=count).map_batches(
+            _read,
+            batch_size=1,
+            num_cpus=READ_CPUS,
+            compute=TaskPoolStrategy(),
+            fn_kwargs={"files": recipe.files, "limit": limit},
         )
         return lines.map_batches(
             _prepare,
@@ -83,10 +89,10 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
         )
 
 
-def _read(batch: dict[str, Any], limit: int) -> Iterator[Any]:
-    (number,), (file,) = batch["number"].tolist(), batch["file"].tolist()
+def _read(batch: dict[str, Any], files: Sequence[InputFile], limit: int) -> Iterator[Any]:
+    (number,) = batch["id"].tolist()
     sources = []
-    for source in read_rows(file, limit):
+    for source in read_rows(files[number], limit):
         sources.append(source)
         if len(sources) == _READ_ROWS:
             yield pack_lines(number, sources)

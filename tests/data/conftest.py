@@ -39,7 +39,7 @@ def build(ray_cluster, stub_ranks, stub_model, monkeypatch):
 
     def make(preprocess=None, postprocess=None, **fields):
         engine = {"model": stub_model, "max_num_seqs": 8, "max_model_len": 256, **fields.pop("engine", {})}
-        sampling = {"max_tokens": 8, "ignore_eos": True}
+        sampling = {"max_tokens": 8, "ignore_eos": True, **fields.pop("sampling_params", {})}
         return build_processor({"engine": engine, "sampling_params": sampling, **fields}, preprocess, postprocess)
 
     return make

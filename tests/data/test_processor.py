@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import ray.data
+
 
 def rows_of(dataset):
     return sorted(dataset.take_all(), key=lambda row: row["n"])
 
 
 def test_every_stage_puts_its_errors_into_one_column(build):
-    import ray
-
     def preprocess(row):
         if row["n"] == 1:
             raise KeyError("no such thing")
@@ -29,8 +37,7 @@ def test_every_stage_puts_its_errors_into_one_column(build):
             raise ValueError("cannot be used")
         return row
 
-    dataset = ray.data.range(40).rename_columns({"id": "n"})
-    found = rows_of(build(preprocess, postprocess, batch_size=16)(dataset))
+    found = rows_of(build(preprocess, postprocess, batch_size=16)(prompts(40)))
     assert [row["n"] for row in found] == list(range(40))
     errors = {row["n"]: (row["error"]["stage"], row["error"]["code"]) for row in found if row["error"]}
     assert errors == {
@@ -57,3 +64,111 @@ def test_every_stage_puts_its_errors_into_one_column(build):
     assert [one["index"] for one in several["completions"]] == [0, 1, 2]
     assert several["completions"][0]["text"] == several["generated_text"]
     assert len({one["text"] for one in several["completions"]}) == 3
+
+
+def alive():
+    """Processes of engines, and placement groups."""
+    from ray.util import placement_group_table
+
+    titles = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            titles.append(path.read_bytes().split(b"\0")[0].decode("utf-8", "replace"))
+    engines = [title for title in titles if title.startswith(("ray::Stub", "ray::MapWorker(MapBatches(Generate"))]
+    return engines, [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def assert_gone():
+    deadline = time.monotonic() + 100
+    while alive() != ([], []):
+        assert time.monotonic() < deadline, alive()
+        time.sleep(0.1)
+
+
+def prompts(count):
+    return ray.data.range(count).rename_columns({"id": "n"})
+
+
+def test_engines_die_and_no_row_is_lost_or_twice(build):
+    def preprocess(row):
+        kill = {"extra_args": {"kill": True}} if row["n"] == 17 else {}
+        return {"prompt": f"prompt {row['n']}", "sampling_params": kill}
+
+    found = rows_of(build(preprocess, batch_size=8)(prompts(60)))
+    assert [row["n"] for row in found] == list(range(60))
+    assert [row["n"] for row in found if row["error"]] == [17]
+    assert found[17]["error"]["code"] == "engine_killed"
+    assert "alone" in found[17]["error"]["message"]
+    assert all(len(row["generated_tokens"]) == 8 for row in found if row["n"] != 17)
+    assert_gone()
+
+
+def test_an_engine_that_only_dies_ends_the_pipeline(build):
+    processor = build(lambda row: {"prompt": "x"}, max_restarts=1, sampling_params={"extra_args": {"kill": True}})
+    with pytest.raises(Exception, match="died"):
+        processor(prompts(20)).materialize()
+    assert_gone()
+
+
+def test_a_pipeline_that_is_left_alone_ends_its_engine(build):
+    """Consumption that stops early, and a later stage that fails."""
+
+    def fail(batch):
+        raise ArithmeticError("a later stage")
+
+    dataset = build(lambda row: {"prompt": "x" * 5, "sampling_params": {"max_tokens": 50}}, batch_size=4)(prompts(400))
+    iterator = iter(dataset.iter_rows())
+    assert next(iterator)["error"] is None
+    assert alive()[1]
+    del iterator
+    gc.collect()
+    assert_gone()
+    with pytest.raises(Exception, match="a later stage"):
+        dataset.map_batches(fail).materialize()
+    assert_gone()
+
+
+def test_what_cannot_be_placed_is_refused(build):
+    with pytest.raises(RuntimeError, match=r"needs 65\.02 CPUs: 1 to read, 64 to tokenize .* the Ray cluster has 2"):
+        build(prepare_cpus=64)(prompts(1))
+    processor = build(lambda row: {"prompt": "x"}, engine={"device": "cuda"})
+    with pytest.raises(Exception, match="needs as many GPUs; the Ray cluster has 0"):
+        processor(prompts(1)).materialize()
+    assert_gone()
+
+
+def test_the_same_id_draws_the_same_tokens(build):
+    processor = build(lambda row: {"prompt": "same", "id": f"row {row['n'] % 8}"}, batch_size=4)
+    found = rows_of(processor(prompts(16)))
+    texts = [row["generated_text"] for row in found]
+    assert texts[:8] == texts[8:]
+    assert len(set(texts)) == 8
+
+
+def test_wrong_configs_are_refused(build):
+    for wrong, said in (
+        ({"batch_siez": 4}, "batch_siez"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"engine": {"max_model_length": 5}}, "did you mean 'max_model_len'"),
+        ({"error_column": ""}, "error_column must name a column"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build(**wrong)
+
+
+def test_the_engine_is_kept_full(build, tmp_path, monkeypatch):
+    """Slow rows do not hold back others: no batch is waited for. benchmarks/occupancy.py has the full sizes."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 1600), 4, 200).astype(int).tolist()
+    monkeypatch.setenv("SHOAL_STUB_OCCUPANCY", str(tmp_path))
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
+
+    def preprocess(row):
+        return {"prompt": "x", "sampling_params": {"max_tokens": lengths[row["n"]]}}
+
+    processor = build(preprocess, engine={"max_num_seqs": 64, "max_num_batched_tokens": 2048})
+    found = rows_of(processor(prompts(len(lengths))))
+    assert [row["num_generated_tokens"] for row in found] == lengths
+    (note,) = tmp_path.iterdir()
+    admitted, seconds, share = note.read_text().split()
+    assert int(admitted) == len(lengths)
+    assert float(share) >= 0.9, f"{share} of the slots over {seconds} s"

@@ -30,7 +30,7 @@ def cluster(monkeypatch):
             time.sleep(0.01)
             return time.monotonic() - self.began > state.granted_after
 
-    def make(bundles, strategy, name):
+    def make(bundles, strategy, **_):
         state.asked = (bundles, strategy)
         return Group()
 

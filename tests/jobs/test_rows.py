@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -250,3 +251,17 @@ def test_progress_and_samples(run, write_rows, caplog, monkeypatch):
     points = json.loads(next(ran.state.glob("samples-*.json")).read_text())
     assert max(point["running"] for point in points) == 8
     assert [p["settled"] for p in points] == sorted(p["settled"] for p in points)
+
+
+def test_the_engine_is_kept_full(run, write_rows, tmp_path, monkeypatch):
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 2400), 4, 200).astype(int).tolist()
+    rows = [{"id": f"r{i}", "prompt": "x", "sampling_params": {"max_tokens": n}} for i, n in enumerate(lengths)]
+    (tmp_path / "slots").mkdir()
+    monkeypatch.setenv("SHOAL_STUB_OCCUPANCY", str(tmp_path / "slots"))
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.01")
+    ran = run(write_rows(rows), engine={"max_num_seqs": 64, "max_num_batched_tokens": 2048})
+    assert [row["num_generated_tokens"] for row in ran.rows()] == lengths
+    (note,) = (tmp_path / "slots").iterdir()
+    admitted, seconds, share = note.read_text().split()
+    assert int(admitted) == len(lengths)
+    assert float(share) >= 0.9, f"{share} of the slots over {seconds} s"

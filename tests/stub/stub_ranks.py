@@ -3,7 +3,8 @@
 A row's tokens follow from its random stream and the position, so that a row that is run again comes out the same. A
 row says by `extra_args` in its sampling parameters what it does: {"length": n} ends it after n tokens, {"kill": true}
 ends the process. SHOAL_STUB_STEP_S is how long one decode step takes; SHOAL_STUB_TOKENS, a folder where each rank
-leaves the number of tokens it made.
+leaves the number of tokens it made. SHOAL_STUB_OCCUPANCY, a folder where each rank leaves, at every admission of rows,
+the rows admitted so far, the seconds since the first, and the share of slots that were full in that time.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ def token_at(stream: int, position: int) -> int:
 class StubRunner:
     """What a rank computes: nothing."""
 
-    def __init__(self, step_s: float, tokens_file: int | None) -> None:
+    def __init__(self, step_s: float, tokens_file: int | None, slots: int = 1, slots_file: Path | None = None) -> None:
         self._step_s, self._tokens_file = step_s, tokens_file
+        self._slots, self._slots_file = slots, slots_file
+        self._began = self._last = 0.0
+        self._running = self._admitted = 0
+        self._area = 0.0  # of rows that ran, in row seconds
         self._rows: dict[int, list] = {}  # stream, tokens made, length, stops
         self._made = 0
         self._most_tokens = int(os.environ.get("SHOAL_STUB_MOST_TOKENS", "1000000"))
@@ -46,10 +51,22 @@ class StubRunner:
     def allocate_kv(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
 
+    def _note(self, plan) -> None:
+        now = time.monotonic()
+        self._began = self._began or now
+        self._area += self._running * (now - self._last)
+        self._last, self._running = now, len(plan.rows)
+        self._admitted += len(plan.new_rows)
+        if plan.new_rows and now > self._began:
+            share = self._area / (now - self._began) / self._slots
+            self._slots_file.write_text(f"{self._admitted} {now - self._began:.2f} {share:.4f}")
+
     def free_memory(self) -> None:
         pass
 
     def execute(self, plan):
+        if self._slots_file is not None:
+            self._note(plan)
         tokens = int(plan.num_scheduled_tokens.sum())
         if tokens > self._most_tokens:
             raise MemoryError(f"{tokens} tokens in a step, and there is memory for {self._most_tokens}")
@@ -105,7 +122,10 @@ class StubWorker(Worker):
         tokens_file = None
         if folder is not None and not config.rank:
             tokens_file = os.open(Path(folder, f"{os.getpid()}"), os.O_CREAT | os.O_WRONLY, 0o644)
-        self.runner = StubRunner(float(os.environ.get("SHOAL_STUB_STEP_S", "0.002")), tokens_file)
+        slots = os.environ.get("SHOAL_STUB_OCCUPANCY")
+        slots_file = None if slots is None or config.rank else Path(slots, f"{os.getpid()}")
+        step_s = float(os.environ.get("SHOAL_STUB_STEP_S", "0.002"))
+        self.runner = StubRunner(step_s, tokens_file, config.max_num_seqs, slots_file)
         return {"load_s": 0.0, "weight_bytes": 1, "block_bytes": 1024}
 
     def _loop(self) -> None:
@@ -161,9 +181,9 @@ class StubModel(RowModel):
     def starter(self, solo_deaths):
         start = super().starter(solo_deaths)
 
-        def begin():
+        def begin(place=None):
             engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
-            return start()
+            return start(place)
 
         return begin
 

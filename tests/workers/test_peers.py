@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -243,12 +244,33 @@ def test_halves_of_a_step_equal_one_rank(world_size, monkeypatch) -> None:
     ],
 )
 def test_who_cannot_share_memory_and_why(places, reach, reason, monkeypatch) -> None:
-    monkeypatch.setattr(peers.dist, "get_world_size", lambda group: len(places))
-    monkeypatch.setattr(peers.dist, "all_gather_object", lambda out, own, group: out.__setitem__(slice(None), places))
+    monkeypatch.setattr(peers, "_gather", lambda group, device, own: [list(place) for place in places])
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reach)
     found = peers._obstacle(None, torch.device("cuda", 0))
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+GATHER = """
+import json, sys, torch
+from shoal.workers import peers
+rank, meet = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+own = [f"h\u00f6st-{rank}", "boot", rank]
+print(json.dumps(peers._gather(torch.distributed.group.WORLD, torch.device("cpu"), own)))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_learn_each_others_places(tmp_path) -> None:
+    command = [sys.executable, "-c", GATHER]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        said, _ = rank.communicate(timeout=120)
+        assert json.loads(said.splitlines()[-1]) == [["höst-0", "boot", 0], ["höst-1", "boot", 1]]
 
 
 def test_every_row_has_one_rank() -> None:
@@ -265,4 +287,4 @@ def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert "27 passed" in result.stdout
+    assert "28 passed" in result.stdout

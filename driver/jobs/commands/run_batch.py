@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import threading
 from typing import Any
 
 from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
@@ -40,5 +43,13 @@ def job_config(args: argparse.Namespace) -> JobConfig:
 def run(args: argparse.Namespace) -> int:
     """Runs the job; its exit code."""
     from shoal.driver.jobs.job import run_job
+    from shoal.driver.replica import REPLICA_THREAD
 
-    return run_job(job_config(args))
+    code = run_job(job_config(args))
+    if any(thread.name.startswith(REPLICA_THREAD) for thread in threading.enumerate()):
+        # A stop that did not wait: such a thread would meet a Ray that is shut down, whose core then ends the process
+        # with a code of its own.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

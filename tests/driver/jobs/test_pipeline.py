@@ -1,0 +1,127 @@
+"""The stages of a job's pipeline by hand: lines, rows made ready, and what the job makes of them."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from shoal.driver.jobs import pipeline
+from shoal.driver.jobs.intake import Intake
+from shoal.driver.jobs.keys import KeyTable, RowKeys
+from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.packed import lines_of
+from shoal.driver.jobs.pipeline import Recipe, prepared_tables
+from shoal.driver.jobs.scan import Duplicates
+from shoal.driver.jobs.work import Tries
+
+LINES = [
+    {"id": "a", "prompt": "one"},
+    "{no json",
+    {"id": "b", "prompt": "two", "sampling_params": {"temperature": -1}},
+    {"id": "a", "prompt": "three"},
+    {"id": "\ud800", "messages": [{"role": "user", "content": "four"}]},
+    {"id": "c"},
+    {"prompt": [5, 6, 7], "sampling_params": {"n": 2}},
+    {"id": "d", "prompt": "x" * 200},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return RowModel.find(_engine(tiny_checkpoint("llama")))
+
+
+def _engine(folder):
+    from shoal.driver.config import make_config
+
+    return make_config(model=folder, max_model_len=128)
+
+
+class Stages:
+    """Both stages and the intake of one job, in this process."""
+
+    def __init__(self, reader, model, done=None, tries=None):
+        self.keys = RowKeys(b"salt")
+        self.done = done or KeyTable(with_values=True)
+        recipe = Recipe(reader.config, reader.form_name, reader.files, b"salt", model.portable(), self.done.keys_only())
+        self.stage = pipeline._Stage(recipe)
+        self.tables = []
+        for number in range(len(reader.files)):
+            tables = pipeline._read({"id": np.array([number])}, reader.files, 1000)
+            self.tables += [self.stage.run(table) for table in tables]
+        tools = Future()
+        tools.set_result(model.tools(128))
+        names = [file.name for file in reader.files]
+        self.intake = Intake(lambda: iter(self.tables), names, Duplicates(self.keys), self.done, tries or {}, tools)
+
+    def chunks(self):
+        return [self.intake.chunk(*found) for found in self.intake.scanned()]
+
+
+def test_rows_arrive_as_they_stand(write, reader, model):
+    source = reader(write("in.jsonl", LINES))
+    (chunk,) = Stages(source, model).chunks()
+    assert chunk.num_rows == len(LINES)
+    faults = {row.index: (row.fault.stage, row.fault.code) for row in chunk.settled}
+    assert faults == {
+        1: ("read", "invalid_json"),
+        2: ("parameters", "invalid_parameter"),
+        3: ("validate", "duplicate_id"),
+        5: ("validate", "missing_column"),
+        7: ("tokenize", "invalid_prompt"),
+    }
+    assert [work.index for work in chunk.work] == [0, 4, 6]
+    assert [work.row_id for work in chunk.work] == ["a", "\ud800", "in.jsonl:7"]
+    assert chunk.work[2].row.token_ids == [5, 6, 7]
+    assert [work.size for work in chunk.work] == [1, 1, 2]
+    scanned = {row.index: row for row in source.rows()}
+    for row in [*chunk.work, *chunk.settled]:
+        assert (row.row_id, row.key) == (scanned[row.index].row_id, scanned[row.index].key)
+
+
+def test_rows_that_are_done_are_not_made_ready_again(write, reader, model):
+    source = reader(write("in.jsonl", LINES))
+    first = Stages(source, model)
+    (chunk,) = first.chunks()
+    done = KeyTable(with_values=True)
+    done.add(chunk.work[0].key, 40)
+    tries = {chunk.work[1].key: Tries(in_company=1)}
+    again = Stages(source, model, done, tries)
+    assert again.tables[0]["token_ids"].to_pylist()[0] is None
+    (chunk,) = again.chunks()
+    assert [(row.index, row.location) for row in chunk.settled if row.fault is None] == [(0, 40)]
+    assert [(work.index, work.tries.in_company) for work in chunk.work] == [(4, 1), (6, 0)]
+
+
+def test_many_rows_keep_their_numbers(write, reader, model):
+    rows = [{"id": str(i), "prompt": f"p {i}"} for i in range(1300)]
+    stages = Stages(reader([write("a.jsonl", rows[:700]), write("b.jsonl", rows[700:])]), model)
+    chunks = stages.chunks()
+    assert [work.row_id for chunk in chunks for work in chunk.work] == [str(i) for i in range(1300)]
+    assert [work.index for chunk in chunks for work in chunk.work] == list(range(1300))
+    assert max(chunk.num_rows for chunk in chunks) <= 256
+
+
+def test_an_engine_that_takes_less_than_the_model(write, reader, model):
+    stages = Stages(reader(write("in.jsonl", [{"prompt": "x" * 60}, {"prompt": "y"}])), model)
+    tools = Future()
+    tools.set_result(model.tools(32))
+    stages.intake._tools = tools
+    (chunk,) = stages.chunks()
+    assert [work.index for work in chunk.work] == [1]
+    assert (chunk.settled[0].fault.stage, chunk.settled[0].fault.code) == ("tokenize", "invalid_prompt")
+
+
+def test_lines_survive_packing():
+    table = pipeline.pack_lines(3, [])
+    assert list(lines_of(table)) == []
+    assert pa.types.is_large_binary(table.schema.field("raw").type)
+
+
+def test_input_in_this_process_alone_is_refused(model, monkeypatch):
+    file = SimpleNamespace(name="m.jsonl", filesystem=SimpleNamespace(protocol=("memory",)))
+    monkeypatch.setattr(pipeline, "_check_cpus", lambda: None)
+    with pytest.raises(ValueError, match=r"m\.jsonl' is in the memory of this process"):
+        next(prepared_tables(Recipe(None, "rows", [file], b"", model, KeyTable(with_values=False))))
