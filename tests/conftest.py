@@ -185,6 +185,12 @@ class LocalEngine:
         model, _, tokenizer_json = get_model()
         return cls(config, model, tokenizer_json)
 
+    num_replicas = 1
+
+    @property
+    def window(self):
+        return 2 * self.resolved.max_num_seqs
+
     def submit(self, requests) -> None:
         for request in requests:
             self.scheduler.add(request)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.base import Form
@@ -15,13 +16,14 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
 from shoal.driver.jobs.state.ledger import Ledger
-from shoal.driver.jobs.work import Settled, Tries, Work
+from shoal.driver.jobs.work import Settled, Work
 from shoal.driver.outputs import make_output
 
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
 
 _SYNC_S = 0.1  # oldest an answer gets in memory
+_BETWEEN_SYNCS_S = 0.02  # a busy disk takes this long: at thousands of rows a second the loop would only wait for it
 CLEARED = "clear"
 
 
@@ -142,8 +144,8 @@ class Committer:
 
     def is_due(self) -> bool:
         """There are enough answers to make durable, or they are old enough."""
-        waiting = self.ledger.num_unsynced
-        return waiting >= self._commit_rows or (waiting > 0 and time.monotonic() - self._synced >= _SYNC_S)
+        waiting, age_s = self.ledger.num_unsynced, time.monotonic() - self._synced
+        return (waiting >= self._commit_rows and age_s >= _BETWEEN_SYNCS_S) or (waiting > 0 and age_s >= _SYNC_S)
 
     def sync(self, force: bool = False) -> bool:
         """Makes answers durable when that is due. True where it was tried."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shoal.driver.config import EngineConfig, got, make_config
+from shoal.driver.config import Count, EngineConfig, check_count, got, make_config
 from shoal.driver.secrecy import GIVE_TOKEN
 
 MIB = 1 << 20
@@ -71,8 +71,8 @@ class JobConfig(BaseModel):
     max_errors: str | None = None
     """N or P%: end the job as failed once more rows than that ended in an error."""
 
-    replicas: int = Field(default=1, ge=1)
-    """Engines that share the rows."""
+    replicas: Count = 1
+    """Engines that share the rows; auto: as many as the cluster has room for, at any time."""
     max_restarts: int = Field(default=12, ge=0)
     """Deaths of engines, or of their ranks, in a row with no row answered in between, after which the job fails."""
     solo_deaths: int = Field(default=3, ge=1)
@@ -88,13 +88,18 @@ class JobConfig(BaseModel):
     """Go on although input, model or parameters changed: rows that changed are computed again, others are kept."""
 
     commit_rows: int = Field(default=64, ge=1)
-    """Answers after which they are made durable; a tenth of a second without news does it too."""
+    """Answers after which they are made durable, up to 50 times a second; a tenth of a second does it too."""
     object_rows: int = Field(default=2_000, ge=1)
     """Answers in one ledger object, on stores that cannot append."""
     object_seconds: float = Field(default=10.0, gt=0)
     """Oldest an answer gets before its object is written, on such stores."""
     progress_s: float = Field(default=5.0, gt=0)
     """Seconds between lines of progress in a log; a terminal gets a bar."""
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return check_count(value)
 
     @field_validator("input", mode="before")
     @classmethod

@@ -131,8 +131,8 @@ def test_a_pipeline_that_is_left_alone_ends_its_engine(build):
 def test_what_cannot_be_placed_is_refused(build):
     with pytest.raises(RuntimeError, match=r"needs 65\.02 CPUs: 1 to read, 64 to tokenize .* the Ray cluster has 2"):
         build(prepare_cpus=64)(prompts(1))
-    processor = build(lambda row: {"prompt": "x"}, engine={"tensor_parallel_size": 500, "placement_timeout_s": 2})
-    with pytest.raises(Exception, match=r"(?s)500 x \(0\.01 CPU\).*CPU: 5 needed"):
+    processor = build(lambda row: {"prompt": "x"}, engine={"device": "cuda"})
+    with pytest.raises(Exception, match="needs as many GPUs; the Ray cluster has 0"):
         processor(prompts(1)).materialize()
     assert_gone()
 
@@ -158,9 +158,9 @@ def test_wrong_configs_are_refused(build):
 
 def test_the_engine_is_kept_full(build, tmp_path, monkeypatch):
     """Slow rows do not hold back others: no batch is waited for. benchmarks/occupancy.py has the full sizes."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 2400), 4, 200).astype(int).tolist()
+    lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 1600), 4, 200).astype(int).tolist()
     monkeypatch.setenv("SHOAL_STUB_OCCUPANCY", str(tmp_path))
-    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.01")
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
 
     def preprocess(row):
         return {"prompt": "x", "sampling_params": {"max_tokens": lengths[row["n"]]}}
