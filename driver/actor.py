@@ -26,6 +26,7 @@ from shoal.driver.healing import EngineDeadError, Healer
 from shoal.driver.lease import Lease
 from shoal.driver.log import LOGGER, set_up_logging
 from shoal.driver.metrics import EngineMetrics, Metric
+from shoal.driver.replica import Place
 from shoal.driver.request import (
     Death,
     EngineRequest,
@@ -110,10 +111,10 @@ class Driver:
 
     # ---- start and stop ----------------------------------------------------------------------------------------
 
-    def place(self) -> dict[str, Any]:
+    def place(self, place: Place) -> dict[str, Any]:
         """Get the ranks their places and their processes started, with no model yet. Says where this process is."""
         set_up_logging()  # a cluster that has no place is waited for aloud
-        self._gang.place()
+        self._gang.place(place)
         return whereabouts()
 
     def start(self, spec: ModelSpec, load: LoadConfig, tokenizer_json: str | None) -> ResolvedConfig:

@@ -45,7 +45,7 @@ def _form(annotation: Any, name: str) -> dict[str, Any]:
     origins = [get_origin(option) or option for option in options]
     if bool in options:
         return {"action": argparse.BooleanOptionalAction}
-    if Literal in origins:
+    if Literal in origins and int not in options:
         choices = [choice for option in options for choice in get_args(option)]
         return {"choices": choices, "type": type(choices[0])}
     if dict in origins:

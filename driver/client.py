@@ -59,7 +59,7 @@ class Client:
         self.config = config
         self.decoder = decoder
         self.max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self.feed = Feed(engine, window=2 * max_num_seqs)
+        self.feed = Feed(engine)
         self.inputs = InputProcessor(tokenizer, tokenizer_json, spec.vocab_size, max_model_len)
         self.binder = Binder(
             vocab_size=spec.vocab_size,

@@ -34,11 +34,15 @@ NOT_SUPPORTED = {
     "enable_prompt_embeds": "prompt embeddings",
     "cpu_offload_gb": "weights in host memory",
     "kv_offloading_size": "KV in host memory",
-    "data_parallel_size": "replicas",
+    "data_parallel_size": "this name for replicas= (of LLM, and --replicas)",
     "compilation_config": "compiled execution",
     "cudagraph_capture_sizes": "CUDA graphs",
     "attention_backend": "choice of attention kernels",
 }
+
+
+Count = int | Literal["auto"]
+"""Of replicas; auto: as many as the cluster has room for, at any time."""
 
 
 class UnknownArgumentError(TypeError, ValueError):
@@ -244,6 +248,17 @@ def got(error: Any) -> str:
     """What a field was given, for an error's message; nothing where it may be a secret."""
     hidden = any(is_secret(str(part)) for part in error["loc"])
     return "" if hidden else f" (got {_short(error['input'])})"
+
+
+def check_count(value: Any) -> Count:
+    """A number of replicas, or "auto". ValueError for anything else."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'replicas must be a number from 1 on, or "auto", got {value!r}')
+    return value
 
 
 def cpu_kvcache_bytes() -> int:

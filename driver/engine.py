@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,6 +16,8 @@ from shoal.driver.actor import Collected, RemoteDriver
 from shoal.driver.config import EngineConfig
 from shoal.driver.healing import EngineDeadError, Restarts
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.placement import remove_orphans
+from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest, RequestBatch
 from shoal.driver.resolve import ResolvedConfig, check_model_len
 from shoal.driver.secrecy import is_secret
@@ -26,10 +30,12 @@ if TYPE_CHECKING:
 # Settings of the user's environment that the ranks' processes need, wherever they run.
 _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "NCCL_", "SHOAL_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_LONG_MAX_MODEL_LEN")
 DRIVER_SILENT_S = 120.0  # a driver that has not answered this long is stopped, or its node is
+GetModel = Callable[[], tuple["ResolvedModel", Any, str | None]]
 _DRIVER_GONE = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
 _started_ray = False  # by this module, in this process
 _inherited_env: dict[str, str] = {}  # of those settings, what that Ray's processes got
-_num_engines = 0
+_num_users = 0  # engines that are up, and those who hold Ray
+_lock = threading.Lock()  # engines may start and end in threads
 
 
 def connect(address: str | None) -> None:
@@ -44,9 +50,29 @@ def connect(address: str | None) -> None:
     if address is not None and address != "local":
         ray.init(address=address, logging_level="WARNING")
         return
-    ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+    # Ray would start a Python process for each core at once; an engine needs two, and waits for them among the others.
+    config = {"prestart_worker_first_driver": False}
+    ray.init(address="local", include_dashboard=False, logging_level="WARNING", _system_config=config)
     _started_ray = True
     _inherited_env.update(environment())
+
+
+def hold_ray(address: str | None) -> None:
+    """Connects, and keeps Ray until `release_ray`, whatever engines come and go meanwhile."""
+    connect(address)
+    _count_users(1)
+
+
+def release_ray() -> None:
+    """The end of what `hold_ray` began."""
+    _count_users(-1)
+    _stop_ray_if_last()
+
+
+def _count_users(by: int) -> None:
+    global _num_users
+    with _lock:
+        _num_users += by
 
 
 def environment() -> dict[str, str]:
@@ -72,31 +98,36 @@ class Engine:
     after too many in a row, or with `revives=False`, the error is raised.
     """
 
-    def __init__(
-        self, config: EngineConfig, get_model: Callable[[], tuple[ResolvedModel, Any, str | None]], revives: bool
-    ) -> None:
-        global _num_engines
+    def __init__(self, config: EngineConfig, get_model: GetModel, revives: bool, place: Place) -> None:
         self._config, self._get_model, self._revives = config, get_model, revives
         self._restarts = Restarts(config.max_rank_restarts, config.restart_backoff_s)
         self._pending: dict[int, EngineRequest] = {}  # what the driver has and has not given back
         self._mark = 0
         self._driver: Any
         self._process: dict[str, Any]
+        self._place = place
         self._create()
-        _num_engines += 1
+        _count_users(1)
 
     @classmethod
     def start(
         cls,
         config: EngineConfig,
-        get_model: Callable[[], tuple[ResolvedModel, Any, str | None]],
+        get_model: GetModel,
         revives: bool = True,
+        place: Place | None = None,
     ) -> Engine:
-        """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way."""
+        """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way.
+
+        `place`: where it is to go at first; None: where Ray finds room.
+        """
+        place = place or Place()
+        if place.timeout_s is not None:
+            config = config.model_copy(update={"placement_timeout_s": place.timeout_s})
         set_up_logging()
         connect(config.address)
         try:
-            return cls(config, get_model, revives)
+            return cls(config, get_model, revives, place)
         except BaseException:
             _stop_ray_if_last()
             raise
@@ -115,7 +146,7 @@ class Engine:
             scheduling_strategy="DEFAULT",  # else a placement group of the caller's would take it in, and end with it
         ).remote(plain, processors, env)
         try:
-            placing = driver.place.remote()
+            placing = driver.place.remote(self._place)
             model, _, tokenizer_json = self._get_model()
             check_model_len(config, model.spec)
             self._process = ask(placing)
@@ -126,7 +157,18 @@ class Engine:
             ray.kill(driver)
             raise
         self._driver, self._mark = driver, 0
+        self._place = replace(self._place, node_id=None)  # a later one goes where there is room
         LOGGER.info("%s: %s", config.model, self.resolved)
+
+    @property
+    def window(self) -> int:
+        """Sequences that may be unfinished in it."""
+        return 2 * self.resolved.max_num_seqs
+
+    @property
+    def num_replicas(self) -> int:
+        """It is one."""
+        return 1
 
     def end_when_silent(self, seconds: float) -> None:
         """See Driver.end_when_silent. Only asks for it: this process may be on its way out."""
@@ -226,23 +268,23 @@ class Engine:
 
     def shutdown(self) -> None:
         """End driver and ranks, give their resources back; stop Ray if it was started here and no engine is left."""
-        global _num_engines
         if self._driver is None:
             return
         driver, self._driver = self._driver, None
-        _num_engines -= 1
+        _count_users(-1)
         if ray.is_initialized():
             try:
                 ray.get(driver.shutdown.remote(), timeout=60)
                 ray.kill(driver)
             except ray.exceptions.RayError:  # it died, or is stopped: Ray ends its ranks with it
                 end_actor(driver, self._process)
+                remove_orphans()
         _stop_ray_if_last()
 
 
 def _stop_ray_if_last() -> None:
     global _started_ray
-    if _started_ray and _num_engines == 0:
+    if _started_ray and _num_users == 0:
         ray.shutdown()
         _started_ray = False
         _inherited_env.clear()

@@ -29,6 +29,10 @@ class Collected(Protocol):
 class EngineClient(Protocol):
     """What feeding needs of the engine."""
 
+    @property
+    def window(self) -> int:
+        """Sequences that may be unfinished in it: enough that its queue does not run dry between two deliveries."""
+
     def submit(self, requests: list[EngineRequest]) -> None:
         """Adds requests."""
 
@@ -115,11 +119,8 @@ class RequestBatch(Batch):
 class Feed:
     """All traffic of one client with its engine. For one thread."""
 
-    def __init__(self, engine: EngineClient, window: int) -> None:
-        """`window`: most sequences that may be unfinished in the driver."""
+    def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        self._window = window
-        self._grain = max(1, window // 8)  # submitting fewer at a time costs calls and gains nothing
         self._batches: list[Batch] = []
         self._owner: dict[int, Batch] = {}  # of each sequence in the driver
 
@@ -172,7 +173,9 @@ class Feed:
 
     def _submit_ready(self, prepare: bool) -> None:
         for batch in self._batches:
-            while (room := self._window - len(self._owner)) >= self._grain or (room and not self._owner):
+            window = self._engine.window
+            grain = max(1, window // 8)  # submitting fewer at a time costs calls and gains nothing
+            while (room := window - len(self._owner)) >= grain or (room and not self._owner):
                 requests = batch.take(room)
                 if requests:
                     self._owner.update((request.number, batch) for request in requests)

@@ -10,6 +10,7 @@ import ray
 from shoal.driver.config import EngineConfig, cpu_kvcache_bytes
 from shoal.driver.draft import SchedulerLimits
 from shoal.driver.model_config import resolve_dtype
+from shoal.driver.replica import Place
 from shoal.driver.resolve import (
     CPU_DECODE_BURST,
     CPU_STEP_TIMEOUT_S,
@@ -51,6 +52,8 @@ class Gang:
         self._watchdog: Watchdog | None = None
         self.epoch = -1  # number of the ranks' present life; upper half of their step ids
         self.placed = False
+        self._num_sharing = 1  # engines on this node
+        self.one_of_many = False  # engines: others can do what this one cannot
         self.asleep: set[str] = set()  # "weights", "kv_cache"
         self._sleep_level = 0
         self.group: WorkerGroup
@@ -67,13 +70,14 @@ class Gang:
         """What the watchdog found the ranks to have died of."""
         return None if self._watchdog is None else self._watchdog.verdict
 
-    def place(self) -> None:
+    def place(self, place: Place) -> None:
         """Get the ranks their places and their processes started; the model need not be known."""
-        self._place(pick_device(self._config, ray.cluster_resources()))
+        self._num_sharing, self.one_of_many = place.num_sharing, place.one_of_many
+        self._place(pick_device(self._config, ray.cluster_resources()), place.node_id)
 
-    def _place(self, device: str) -> None:
+    def _place(self, device: str, node_id: str | None) -> None:
         self.epoch += 1
-        self.group = WorkerGroup(self._config, device, self._env)
+        self.group = WorkerGroup(self._config, device, self._env, node_id)
         self.placed = True
 
     def load(self, spec: ModelSpec, load: LoadConfig) -> ResolvedConfig:
@@ -90,7 +94,7 @@ class Gang:
         """Discard what is left of the ranks and make new ones, with the same numbers."""
         old = self.resolved
         self.discard()
-        self._place(old.device)
+        self._place(old.device, None)  # wherever there is room now
         self.resolved = self._set_up(old.dtype, old.max_model_len, old.num_blocks)
         if self.asleep:
             awake = {"weights", "kv_cache"} - self.asleep
@@ -145,7 +149,8 @@ class Gang:
     def _set_up(self, dtype: str, max_model_len: int, most_blocks: int | None) -> ResolvedConfig:
         config, group, device = self._config, self.group, self.group.device
         rows, tokens = resolve_budgets(config, max_model_len, group.probes)
-        threads = max(1, group.probes[0]["num_cpus"] // group.world_size) if device == "cpu" else None
+        users = group.world_size * self._num_sharing
+        threads = max(1, group.probes[0]["num_cpus"] // users) if device == "cpu" else None
         worker = WorkerConfig(
             self._spec,
             self._load,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from shoal.driver.log import LOGGER
+from shoal.driver.placement import PlacementError
 from shoal.driver.request import Death
 from shoal.driver.worker_group import RankDiedError, StepMemoryError
 
@@ -143,6 +144,12 @@ class Healer:
                 return
             try:
                 resolved = self._gang.rebuild()
+            except PlacementError as lack:
+                if self._gang.one_of_many:
+                    raise EngineDeadError(f"its ranks died, and there is no place for new ones: {lack}") from lack
+                reason = str(lack)
+                LOGGER.error("%s", reason)
+                continue
             except Exception as again:  # whatever it is, the next try may do better, and there are not many
                 reason = f"making new ranks failed: {type(again).__name__}: {again}"
                 LOGGER.error("%s", reason)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from shoal.driver.chat import ChatRenderer, ContentFormat, check_conversation, split_conversations
 from shoal.driver.client import Client, UseTqdm
-from shoal.driver.config import EngineConfig, make_config
+from shoal.driver.config import Count, EngineConfig, make_config
 from shoal.driver.outputs import BeamSearchOutput, RequestOutput
 from shoal.driver.params import BeamSearchParams, SamplingParams
 from shoal.driver.rows import OnError, RowBatch
 
 if TYPE_CHECKING:
     from shoal.driver.engine import Engine
+    from shoal.driver.fleet import Fleet
     from shoal.driver.metrics import Metric
     from shoal.driver.resolve import ResolvedConfig
     from shoal.workers.models.spec import ModelSpec
@@ -29,11 +30,12 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class LLM:
     """A model, loaded on a Ray cluster (or a local Ray that it starts), that answers lists of prompts.
 
-    Every keyword is a field of `EngineConfig`. One thread at a time may call it. `shutdown()`, or leaving it as a
+    Every keyword but `replicas` is a field of `EngineConfig`: a number of engines that share the rows, or "auto" for as
+    many as the cluster has room for, at any time. One thread at a time may call it. `shutdown()`, or leaving it as a
     context manager, ends its actors and frees their memory.
     """
 
-    _engine: Engine | None = None  # also where __init__ failed: __del__ runs then too
+    _engine: Engine | Fleet | None = None  # also where __init__ failed: __del__ runs then too
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class LLM:
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
         tensor_parallel_size: int = 1,
+        replicas: Count = 1,
         dtype: str = "auto",
         revision: str | None = None,
         tokenizer_revision: str | None = None,
@@ -84,23 +87,23 @@ class LLM:
             logits_processors=list(logits_processors or ()),
             **kwargs,
         )
-        self._start(config)
+        self._start(config, replicas)
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig) -> LLM:
+    def from_engine_args(cls, engine_args: EngineConfig, replicas: Count = 1) -> LLM:
         """An LLM from a ready EngineConfig."""
         llm = cls.__new__(cls)
-        llm._start(engine_args)
+        llm._start(engine_args, replicas)
         return llm
 
-    def _start(self, config: EngineConfig) -> None:
+    def _start(self, config: EngineConfig, replicas: Count) -> None:
         # Here, not at the top: `import shoal` stays free of Ray, and of transformers until a model is resolved.
-        from shoal.driver.engine import Engine
+        from shoal.driver.fleet import start_engines
         from shoal.driver.model_config import resolve_all
 
         with ThreadPoolExecutor(1) as pool:  # Ray's processes start while the model's files are read
             resolving = pool.submit(resolve_all, config)
-            engine = Engine.start(config, resolving.result)
+            engine = start_engines(config, replicas, resolving.result)
         self._engine = engine
         model, self._tokenizer, tokenizer_json = resolving.result()
         self.config: EngineConfig = config
@@ -117,7 +120,7 @@ class LLM:
             self._tokenizer,
             tokenizer_json,
             max_model_len=engine.resolved.max_model_len,
-            max_num_seqs=engine.resolved.max_num_seqs,
+            max_num_seqs=engine.resolved.max_num_seqs * engine.num_replicas,
         )
 
     def generate(
@@ -274,9 +277,8 @@ class LLM:
         return self._client.default_params()
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """Ranks of the engine; there is one replica, so `include_dp` changes nothing."""
-        self._require_open()
-        return self.resolved.world_size
+        """Ranks of all replicas that are up now, or of one."""
+        return self.resolved.world_size * (self._require_open().num_replicas if include_dp else 1)
 
     def collective_rpc(
         self,
@@ -287,7 +289,7 @@ class LLM:
     ) -> list[Any]:
         """Calls a worker's method by name, or a function of the worker, on every rank between steps.
 
-        Results by rank. TimeoutError after `timeout` seconds; an exception of a rank is raised here.
+        Results by rank, replica by replica; later ones miss it. TimeoutError after `timeout` s; raises ranks' errors.
         """
         return self._require_open().call_workers(method, timeout, tuple(args), dict(kwargs or {}))
 
@@ -325,7 +327,7 @@ class LLM:
         engine.wake_up(tags)
 
     def get_metrics(self) -> list[Metric]:
-        """Counters, gauges and histograms of the engine."""
+        """Counters, gauges and histograms; of replicas the sums, and each one's own with the label "replica"."""
         engine = self._require_open()
         if self.config.disable_log_stats:
             raise AssertionError("Stat logging disabled: get_metrics() needs disable_log_stats=False")
@@ -360,11 +362,11 @@ class LLM:
         )
 
     @property
-    def llm_engine(self) -> Engine:
-        """The replica behind it; RuntimeError once it is shut down."""
+    def llm_engine(self) -> Engine | Fleet:
+        """The replica, or the replicas, behind it; RuntimeError once it is shut down."""
         return self._require_open()
 
-    def _require_open(self) -> Engine:
+    def _require_open(self) -> Engine | Fleet:
         if self._engine is None:
             raise RuntimeError("the engine is shut down: make a new LLM")
         return self._engine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter as Tally
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shoal.driver.request import Request
 from shoal.driver.scheduler import Scheduler
@@ -43,6 +44,34 @@ class Histogram:
 
 
 Metric = Counter | Gauge | Histogram
+
+
+def add_up(by_replica: Mapping[str, Sequence[Metric]], deaths: int) -> list[Metric]:
+    """Sums over engines (of shares, the mean), then what each engine says of itself, with the label "replica"."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Metric]] = {}
+    for metrics in by_replica.values():
+        for metric in metrics:
+            groups.setdefault((metric.name, tuple(sorted(metric.labels.items()))), []).append(metric)
+    total: list[Metric] = [Gauge("shoal:num_replicas", len(by_replica)), Counter("shoal:replica_deaths", deaths)]
+    total += map(_sum, groups.values())
+    return total + [
+        replace(metric, labels=metric.labels | {"replica": number})
+        for number, metrics in by_replica.items()
+        for metric in metrics
+    ]
+
+
+def _sum(metrics: Sequence[Metric]) -> Metric:
+    """One metric of several engines as one."""
+    first = metrics[0]
+    if isinstance(first, Histogram):
+        parts = [metric for metric in metrics if isinstance(metric, Histogram)]
+        buckets = {bound: sum(part.buckets[bound] for part in parts) for bound in first.buckets}
+        return replace(first, count=sum(p.count for p in parts), sum=sum(p.sum for p in parts), buckets=buckets)
+    if isinstance(first, Gauge):
+        value = sum(metric.value for metric in metrics if isinstance(metric, Gauge))
+        return replace(first, value=value / len(metrics) if first.name.endswith("_perc") else value)
+    return replace(first, value=sum(metric.value for metric in metrics if isinstance(metric, Counter)))
 
 
 class _Distribution:

@@ -5,29 +5,43 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from shoal.driver.log import LOGGER
 
 IMPOSSIBLE_S = 10.0  # how long what no node could hold is waited for: a node may just be joining
 _REMIND_S = 10.0
+_OWNED = "shoal-driver-"  # and the driver's actor id: name of its placement groups
 
 
 class PlacementError(RuntimeError):
     """The cluster cannot place the ranks."""
 
 
-def reserve(bundle: dict[str, float], count: int, timeout_s: float, wait_for_nodes: bool) -> PlacementGroup:
-    """A placement group of `count` equal bundles, packed onto as few nodes as hold them.
+def reserve(
+    bundle: dict[str, float], count: int, timeout_s: float, wait_for_nodes: bool, node_id: str | None = None
+) -> PlacementGroup:
+    """A placement group of `count` equal bundles, packed onto as few nodes as hold them, or all on the node `node_id`.
 
     PlacementError, which says what is missing, after `timeout_s` seconds; after IMPOSSIBLE_S where the nodes that there
     are could not hold the bundles if they were empty, unless `wait_for_nodes`. While it waits, the log says for what.
     """
     began, since = time.monotonic(), time.strftime("%H:%M:%S")
-    group = placement_group([bundle] * count, strategy="PACK")
+    remove_orphans()
+    owner = ray.get_runtime_context().get_actor_id()
+    name = f"{_OWNED}{owner}-{uuid.uuid4().hex[:8]}" if owner else ""
+    selector = None if node_id is None else [{"ray.io/node-id": node_id}] * count
+    group = placement_group([bundle] * count, strategy="PACK", name=name, bundle_label_selector=selector)
     reminded = 0.0
     try:
         while not group.wait(0.5):
@@ -47,6 +61,18 @@ def reserve(bundle: dict[str, float], count: int, timeout_s: float, wait_for_nod
         remove_placement_group(group)
         raise
     return group
+
+
+def remove_orphans() -> None:
+    """Give back what drivers reserved that are dead: Ray keeps the groups of a dead actor until its job ends."""
+    for key, group in placement_group_table().items():
+        name = str(group.get("name", ""))
+        if not name.startswith(_OWNED) or group["state"] == "REMOVED":
+            continue
+        owner = ray._private.state.actors(name.removeprefix(_OWNED).split("-")[0])
+        if owner.get("State", "DEAD") == "DEAD":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+            LOGGER.warning("removed the placement group of a driver that died: %s", name)
 
 
 def _places(bundle: dict[str, float], key: str) -> int:

@@ -58,7 +58,21 @@ class EngineLike(Protocol):
         """Ends it and gives back what it holds; of a dead one, what is left."""
 
 
-StartEngine = Callable[[], EngineLike]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an engine is to go."""
+
+    node_id: str | None = None  # None: where Ray finds room
+    num_sharing: int = 1  # engines that share the node's cores
+    timeout_s: float | None = None  # for placing; None: as configured
+    one_of_many: bool = False  # others can do its rows: without a place for new ranks it ends, and does not wait
+
+
+class StartEngine(Protocol):
+    """Starts one engine, and waits until it is ready."""
+
+    def __call__(self, place: Place | None = None) -> EngineLike:
+        """`place`: None is wherever Ray finds room."""
 
 
 @dataclass(slots=True)
@@ -88,7 +102,9 @@ class Down:
 class Replica:
     """One engine's life, from its start to its end; after that, a new Replica."""
 
-    def __init__(self, number: int, start: StartEngine, inbox: SimpleQueue[Any], delay_s: float = 0.0) -> None:
+    def __init__(
+        self, number: int, start: Callable[[], EngineLike], inbox: SimpleQueue[Any], delay_s: float = 0.0
+    ) -> None:
         self.number = number
         self.session = uuid.uuid4().hex[:12]
         self.generated = 0  # tokens it made, as it last said
@@ -99,6 +115,9 @@ class Replica:
         self._start, self._inbox, self._delay_s = start, inbox, delay_s
         self._stop = threading.Event()
         self._failure: Exception | None = None
+        self.is_up = False
+        self._report: int | None = None
+        self.ended: Down | None = None
         self._thread = threading.Thread(target=self._run, name=f"{REPLICA_THREAD}{number}", daemon=True)
         self._thread.start()
 
@@ -117,23 +136,29 @@ class Replica:
             self._failure = self._failure or error
             self._stop.set()
 
+    def take_report(self) -> int | None:
+        """Sequences that wait in it, if it has told since the last call: rows may have left it since."""
+        report, self._report = self._report, None
+        return report
+
     def stop(self) -> None:
         """Asks it to end."""
         self._stop.set()
 
     def join(self, timeout_s: float) -> None:
-        """Waits for its end."""
+        """Waits for its end; `ended` tells whether it came."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
         if self._stop.wait(self._delay_s):
-            self._inbox.put(Down(self, None, False))
+            self._end(None, booted=False)
             return
         try:
             self.engine = self._start()
         except Exception as error:  # the job decides what it means
-            self._inbox.put(Down(self, error, False))
+            self._end(error, booted=False)
             return
+        self.is_up = True
         self._inbox.put(Up(self))
         failure: Exception | None = None
         try:
@@ -146,13 +171,18 @@ class Replica:
             self.engine.shutdown()
         except Exception as error:
             LOGGER.warning("replica %d did not end cleanly: %s", self.number, error)
-        self._inbox.put(Down(self, failure or self._failure, True))
+        self._end(failure or self._failure, booted=True)
+
+    def _end(self, error: Exception | None, booted: bool) -> None:
+        self.ended = Down(self, error, booted)
+        self._inbox.put(self.ended)
 
     def _listen(self) -> None:
         while not self._stop.is_set():
             collected = self.engine.collect(POLL_S)
             self.num_running, self.num_waiting = collected.num_running, collected.num_waiting
             self.kv_cache_usage = collected.kv_cache_usage
+            self._report = collected.num_waiting
             self.generated = collected.num_made_tokens
             self.num_preemptions = collected.num_preemptions
             if collected.finished or collected.deaths:

@@ -165,7 +165,8 @@ class WorkerGroup:
     r // stage_size and has its place in that order: which node a bundle got never changes the order of ranks.
     """
 
-    def __init__(self, config: EngineConfig, device: str, env: dict[str, str]) -> None:
+    def __init__(self, config: EngineConfig, device: str, env: dict[str, str], node_id: str | None = None) -> None:
+        """`node_id`: the one node that may have all ranks."""
         rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
         self.stage_size, self.num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
         self.world_size = self.stage_size * self.num_stages
@@ -174,7 +175,11 @@ class WorkerGroup:
         bundle = {name: need * self._bundle_size for name, need in rank_needs.items()}
         self._channel: StepChannel | None = None
         self._group = reserve(
-            bundle, self.world_size // self._bundle_size, config.placement_timeout_s, config.wait_for_nodes
+            bundle,
+            self.world_size // self._bundle_size,
+            config.placement_timeout_s,
+            config.wait_for_nodes,
+            node_id,
         )
         try:
             self.ranks = [self._start(rank, rank_needs, env) for rank in range(self.world_size)]

@@ -14,14 +14,16 @@ from shoal.driver.bench.models import CONFIGS, model_folder
 from shoal.driver.bench.peer import PEERS, get_peer, run_peer
 from shoal.driver.bench.profile import profile_decode
 from shoal.driver.bench.report import collect_versions, print_table
-from shoal.driver.bench.throughput import add_ceilings, floor_of, run_workload
+from shoal.driver.bench.throughput import floor_of, run_workload
 from shoal.driver.bench.workloads import WORKLOADS, BenchRequest, Workload, get_workload
 from shoal.driver.cli_options import add_engine_options, engine_arguments, json_object
+from shoal.driver.config import Count, check_count
 from shoal.driver.llm import LLM
 from shoal.workers import measure
 
 _ROUND = 1024  # max_model_len is made a multiple of it
 _LEAST_LEN = 4096
+_PROFILE_S = 5.0
 _MOST_PROFILE_S = 60  # a trace of minutes takes gigabytes
 _SIZES = ("num_requests", "input_len", "output_len", "output_mu", "output_sigma", "num_prefixes", "prefix_len",
           "temperature", "workload_seed")  # fmt: skip
@@ -41,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument(
         "--profile-seconds",
         type=float,
-        default=5.0,
         metavar="X",
-        help="length of the profile of full-batch decoding, a third run; 0: none (default: 5)",
+        help="length of the profile of full-batch decoding, a third run; 0: none (default: 5; with replicas 0)",
+    )
+    throughput.add_argument(
+        "--replicas", default=1, metavar="N", help='engines that share the requests, or "auto" (default: 1)'
     )
     throughput.add_argument("--peer", metavar="NAME", help=f"run {' or '.join(PEERS)} on the same requests afterwards")
     throughput.add_argument(
@@ -75,8 +79,13 @@ def run(args: argparse.Namespace) -> int:
     work = get_workload(args.workload, **{name: getattr(args, name) for name in _SIZES if hasattr(args, name)})
     if args.output is not None and not args.output.absolute().parent.is_dir():
         raise ValueError(f"--output {args.output}: there is no folder {args.output.absolute().parent}")
-    if not 0 <= args.profile_seconds <= _MOST_PROFILE_S:
-        raise ValueError(f"--profile-seconds must be in [0, {_MOST_PROFILE_S}], got {args.profile_seconds}")
+    replicas = check_count(args.replicas)
+    default = _PROFILE_S if replicas == 1 else 0.0
+    profile_s = default if args.profile_seconds is None else args.profile_seconds
+    if not 0 <= profile_s <= _MOST_PROFILE_S:
+        raise ValueError(f"--profile-seconds must be in [0, {_MOST_PROFILE_S}], got {profile_s}")
+    if profile_s and replicas != 1:
+        raise ValueError(f"--profile-seconds {profile_s:g}: a profile is of one engine, and --replicas is {replicas}")
     if args.peer_args and args.peer is None:
         raise ValueError(f"--peer-args {json.dumps(args.peer_args)}: there is no --peer that they are for")
     peer = None if args.peer is None else get_peer(args.peer, args.peer_python)
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         if arguments.get("disable_log_stats"):
             raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics, leave it out")
         try:
-            _measure(result, folder, arguments, work, requests, args.profile_seconds, show_bar=not args.quiet)
+            _measure(result, folder, arguments, replicas, work, requests, profile_s, show_bar=not args.quiet)
             if peer is not None:  # the engine is gone: the device is free
                 job = _peer_job(folder, work, result["engine"], args.peer_args)
                 theirs = run_peer(peer, args.peer_python, job, requests)
@@ -111,6 +120,7 @@ def _measure(
     result: dict[str, Any],
     folder: str,
     arguments: dict[str, Any],
+    replicas: Count,
     work: Workload,
     requests: list[BenchRequest],
     profile_s: float,
@@ -119,15 +129,18 @@ def _measure(
     """Everything about our own engine, added to the result."""
     result["started_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     start = time.perf_counter()
-    with LLM(folder, **arguments) as llm:
+    with LLM(folder, replicas=replicas, **arguments) as llm:
         result["startup_s"] = time.perf_counter() - start
-        result["engine"] = dataclasses.asdict(llm.resolved) | {"arguments": arguments}
+        result["engine"] = dataclasses.asdict(llm.resolved) | {
+            "arguments": arguments,
+            "replicas": llm.get_world_size() // llm.get_world_size(include_dp=False),
+        }
         result["versions"] = collect_versions()
         result["ranks"] = llm.collective_rpc(measure.describe_rank)
         runs = [run_workload(llm, requests, work.temperature, show_bar) for _ in range(2)]
         # After the runs: the device is as warm as it was for them, and the first run finds nothing prepared.
         result["rates"] = llm.collective_rpc(measure.measure_rates)
-        floor = floor_of(llm, requests, add_ceilings(result["rates"]))
+        floor = floor_of(llm, requests, result["rates"])
         num_output = sum(request.num_output for request in requests)
         result["floor"] = dataclasses.asdict(floor) | {
             "seconds": floor.seconds,

@@ -81,17 +81,25 @@ def add_ceilings(rates: Sequence[dict[str, float]]) -> Ceilings:
     return Ceilings(read, product, product)
 
 
-def floor_of(llm: LLM, requests: Sequence[BenchRequest], ceilings: Ceilings) -> Floor:
-    """The workload's floor with this engine's places and cache."""
-    resolved = llm.resolved
-    return serial_floor(
-        llm.model_config,
-        ceilings,
-        requests,
-        item_bytes=ITEM_BYTES[resolved.dtype],
-        max_rows=resolved.max_num_seqs,
-        kv_tokens=resolved.kv_cache_tokens,
-    )
+def floor_of(llm: LLM, requests: Sequence[BenchRequest], rates: Sequence[dict[str, float]]) -> Floor:
+    """The workload's floor with this engine's places and cache, on devices of these rates, one for each rank.
+
+    Of replicas each has its share of the requests and reads its own weights: the floor is that of the slowest.
+    """
+    resolved, ranks = llm.resolved, llm.get_world_size(include_dp=False)
+    num_replicas = len(rates) // ranks
+    floors = [
+        serial_floor(
+            llm.model_config,
+            add_ceilings(rates[i * ranks : (i + 1) * ranks]),
+            requests[i::num_replicas],
+            item_bytes=ITEM_BYTES[resolved.dtype],
+            max_rows=resolved.max_num_seqs,
+            kv_tokens=resolved.kv_cache_tokens,
+        )
+        for i in range(num_replicas)
+    ]
+    return max(floors, key=lambda floor: floor.seconds)
 
 
 def _counters(llm: LLM) -> dict[str, int]:

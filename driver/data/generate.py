@@ -20,7 +20,7 @@ from shoal.driver.jobs.forms.plain import answer_columns
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.outputs import make_output
-from shoal.driver.replica import EngineLike, StartEngine
+from shoal.driver.replica import EngineLike, Place, StartEngine
 
 _SILENT_S = 20.0  # after which an engine takes it that this actor is no more
 
@@ -126,8 +126,8 @@ def _starter(model: RowModel, solo_deaths: int) -> StartEngine:
     """Starts engines that do not outlive this actor, whatever ends it."""
     start = model.starter(solo_deaths)
 
-    def begin() -> EngineLike:
-        engine = start()
+    def begin(place: Place | None = None) -> EngineLike:
+        engine = start(place)
         engine.end_when_silent(_SILENT_S)
         return engine
 

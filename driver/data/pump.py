@@ -41,7 +41,7 @@ class Pump:
         """Starts the engine and waits for it; raises why it could not be started."""
         self._start, self._max_restarts = start, max_restarts
         self._inbox: SimpleQueue[Any] = SimpleQueue()
-        self._dispatcher = Dispatcher(solo_deaths)
+        self._dispatcher: Dispatcher[Work] = Dispatcher(solo_deaths)
         self._replica = Replica(0, start, self._inbox)
         event = self._inbox.get()
         if isinstance(event, Down):
@@ -178,11 +178,7 @@ class Pump:
         verdict = self._dispatcher.died(0)
         LOGGER.warning("the pipeline's engine died with %d rows in it: %s", len(verdict.tried), error)
         if verdict.guilty is not None:
-            tries = verdict.guilty.tries
-            message = (
-                f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with "
-                f"others; the last time: {error}"
-            )
+            message = verdict.guilty.tries.story(str(error))
             self._settle(verdict.guilty, Fault("engine_killed", "engine", message))
         self._count_death(error)
         self._replica = Replica(0, self._start, self._inbox)

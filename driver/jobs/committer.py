@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.base import Form
@@ -15,7 +16,7 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
 from shoal.driver.jobs.state.ledger import Ledger
-from shoal.driver.jobs.work import Settled, Tries, Work
+from shoal.driver.jobs.work import Settled, Work
 from shoal.driver.outputs import make_output
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shoal.driver.config import EngineConfig, got, make_config
+from shoal.driver.config import Count, EngineConfig, check_count, got, make_config
 from shoal.driver.secrecy import GIVE_TOKEN
 
 MIB = 1 << 20
@@ -71,8 +71,8 @@ class JobConfig(BaseModel):
     max_errors: str | None = None
     """N or P%: end the job as failed once more rows than that ended in an error."""
 
-    replicas: int = Field(default=1, ge=1)
-    """Engines that share the rows."""
+    replicas: Count = 1
+    """Engines that share the rows; auto: as many as the cluster has room for, at any time."""
     max_restarts: int = Field(default=12, ge=0)
     """Deaths of engines, or of their ranks, in a row with no row answered in between, after which the job fails."""
     solo_deaths: int = Field(default=3, ge=1)
@@ -95,6 +95,11 @@ class JobConfig(BaseModel):
     """Oldest an answer gets before its object is written, on such stores."""
     progress_s: float = Field(default=5.0, gt=0)
     """Seconds between lines of progress in a log; a terminal gets a bar."""
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return check_count(value)
 
     @field_validator("input", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shoal.driver.jobs.model import ModelTools
     from shoal.driver.replica import StartEngine
+    from shoal.driver.replicas import FindPlaces
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Hooks:
     """What the runner calls."""
 
     start_engine: StartEngine
+    find_places: FindPlaces
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
     settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run

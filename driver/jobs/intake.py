@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from shoal.driver.binding import Row
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.keys import KeyTable, stream_number
 from shoal.driver.jobs.model import ModelTools
 from shoal.driver.jobs.packed import PackedRow, rows_of
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.jobs.scan import Duplicates, InputRow
-from shoal.driver.jobs.work import Chunk, Settled, Tries, Work
+from shoal.driver.jobs.work import Chunk, Settled, Work
 
 CHUNK_ROWS = 256
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shoal.driver.jobs.accounts import Accounts
@@ -194,12 +195,13 @@ class Job:
 
     def _work(self, same_job: bool) -> bool:
         """Answers what has no answer yet; False where it was stopped."""
-        from shoal.driver.engine import connect
+        from shoal.driver.cluster import find_places
+        from shoal.driver.engine import hold_ray, release_ray
 
         config = self._config
         with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
             reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors)
-            connect(config.engine.address)
+            hold_ray(config.engine.address)
             recovered = reading.result()
         self._stop.listen()  # Ray takes SIGTERM for itself
         if not same_job:  # rows that changed are computed again: the others count once they are met
@@ -220,15 +222,18 @@ class Job:
         intake = Intake(
             lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
         )
-        hooks = Hooks(self._model.starter(self._config.solo_deaths), self._make_tools, self._tick, self._settled)
+        places = partial(find_places, config.engine)
+        start = self._model.starter(config.solo_deaths)
+        hooks = Hooks(start, places, self._make_tools, self._tick, self._settled)
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         known = self._accounts.total_rows
-        if known is not None and known - self._num_faults > len(recovered.done):
-            self._runner.start_engines()  # there is work for them, however far in the input
         try:
+            if known is not None and known - self._num_faults > len(recovered.done):
+                self._runner.start_engines()  # there is work for them, however far in the input
             self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))
+            release_ray()
         self._committer.sync(force=True)
         return not self._stop.asked
 
@@ -298,6 +303,8 @@ class Job:
 
     def _report(self) -> None:
         """The job is over and its rows are safe: a report that cannot be written changes nothing about that."""
+        if self._stop.at_once:  # the command `shoal report` makes it later
+            return
         try:
             page = write_report(self._store)
         except OSError as error:

@@ -17,7 +17,7 @@ from shoal.driver.resolve import check_model_len
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
     from shoal.driver.model_config import ResolvedModel
-    from shoal.driver.replica import EngineLike, StartEngine
+    from shoal.driver.replica import EngineLike, Place, StartEngine
 
 
 @dataclass(slots=True)
@@ -51,11 +51,11 @@ class RowModel:
     def starter(self, solo_deaths: int) -> StartEngine:
         """Starts one engine of it, which ends a row with which alone its ranks died so often."""
 
-        def start() -> EngineLike:
+        def start(place: Place | None = None) -> EngineLike:
             from shoal.driver.engine import Engine
 
             config = self.config.model_copy(update={"max_solo_deaths": solo_deaths})
-            return Engine.start(config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), False)
+            return Engine.start(config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), False, place)
 
         return start
 
@@ -89,6 +89,8 @@ class RowModel:
 
 class _NoEngine:
     """Rows go to engines of their own, never through the Client that their tools come from."""
+
+    window = 0
 
     def submit(self, requests: Any) -> None:
         """Never called."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -24,6 +25,7 @@ from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.log import LOGGER
 from shoal.driver.replica import Down, News, Replica, Up
+from shoal.driver.replicas import Replicas
 
 if TYPE_CHECKING:
     from shoal.driver.jobs.intake import Intake
@@ -32,9 +34,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.1
 _CHUNKS_AHEAD = 4
-_MOST_BOOT_FAILURES = 3  # in a row, of one replica
 _FULL_RETRY_S = 1.0
-RETRY_S = 1.0  # before an engine that did not start is tried again, doubled each time
 _PERCENT_FROM = 200  # rows read before a share of errors means anything
 
 
@@ -64,19 +64,27 @@ class Runner:
         self._config, self._committer, self._accounts, self._samples = config, committer, accounts, samples
         self._stop, self._hooks = stop, hooks
         self._inbox: SimpleQueue[Any] = SimpleQueue()
-        self._dispatcher = Dispatcher(config.solo_deaths)
-        self.replicas: dict[int, Replica] = {}
+        self._dispatcher: Dispatcher[Work] = Dispatcher(
+            config.solo_deaths,
+            config.engine.block_size,
+            by_prefix=config.replicas != 1 and config.engine.enable_prefix_caching,
+        )
+        self._engines = Replicas(config.replicas, hooks.start_engine, hooks.find_places, self._inbox)
         self._offer = tools
         self._tools: ModelTools | None = None
         self._feeder = Feeder(intake, tools, self._inbox)
         self._sent: dict[int, _Sent] = {}
         self._next_number = 0
         self._deaths_in_a_row = 0
-        self._boot_failures: dict[int, int] = {}
         self._exhausted = False
         self._unsynced: list[int] = []  # indices of rows that are in the ledger's memory only
         self._full_since = 0.0
         self._drained = False
+
+    @property
+    def replicas(self) -> dict[int, Replica]:
+        """Engines, by number."""
+        return self._engines.alive
 
     def run(self) -> None:
         """Until all rows are settled and durable, or a stop was obeyed. JobError where it cannot go on."""
@@ -89,19 +97,17 @@ class Runner:
                 self._hooks.tick()
         finally:
             self._feeder.stop()
-            for replica in self.replicas.values():
-                replica.stop()
+            self._engines.stop()
 
     def start_engines(self) -> None:
         """Starts all replicas, unless they were started before."""
-        for number in range(0 if self.replicas else self._config.replicas):
-            self.replicas[number] = Replica(number, self._hooks.start_engine, self._inbox)
+        if not self.replicas:
+            self._start(self._engines.begin)
 
     def end_engines(self, timeout_s: float) -> None:
         """Waits until engines have given back what they hold, and takes their last counts."""
         deadline = time.monotonic() + timeout_s
-        for replica in self.replicas.values():
-            replica.join(max(0.0, deadline - time.monotonic()))
+        for replica in self._engines.join(timeout_s):
             self._committer.made(replica.session, self._made(replica))
         self._feeder.join(max(0.0, deadline - time.monotonic()))
         self._dispatcher.lanes.clear()
@@ -233,7 +239,7 @@ class Runner:
         self._check_errors()
 
     def _on_up(self, replica: Replica) -> None:
-        self._boot_failures.pop(replica.number, None)
+        self._engines.came_up(replica)
         self._samples.engines[replica.number] = dataclasses.asdict(replica.engine.resolved)
         self._samples.event("engine_up", f"replica {replica.number} is up")
         if self._stop.asked:
@@ -241,7 +247,8 @@ class Runner:
         if self._tools is None:
             self._tools = self._hooks.make_tools(replica.engine.resolved)
             self._offer.set_result(self._tools)
-        self._dispatcher.open_lane(replica.number, replica.engine.resolved.max_num_seqs)
+        resolved = replica.engine.resolved
+        self._dispatcher.open_lane(replica.number, resolved.max_num_seqs, resolved.kv_cache_tokens)
 
     def _on_down(self, event: Down) -> None:
         replica, error = event.replica, event.error
@@ -249,7 +256,9 @@ class Runner:
         if error is None or self._stop.due:
             return
         if not event.booted:
-            self._on_failed_boot(replica, error)
+            self._accounts.boot_failures += 1
+            self._samples.event("boot_failure", f"replica {replica.number} did not start: {brief_error(error)}")
+            self._replace(event, error)
             return
         verdict = self._dispatcher.died(replica.number)
         LOGGER.warning("replica %d died with %d rows in it: %s", replica.number, len(verdict.tried), brief_error(error))
@@ -263,15 +272,22 @@ class Runner:
         self._sync(force=True)
         if not isinstance(error, EngineDeadError):  # else it has told of the death already
             self._count_death(brief_error(error))
+        self._replace(event, error)
+
+    def _replace(self, event: Down, error: Exception) -> None:
         if not self._stop.asked:
-            self.replicas[replica.number] = Replica(replica.number, self._hooks.start_engine, self._inbox)
+            self._start(lambda: self._engines.went_down(event, error))
+
+    def _start(self, start: Callable[[], None]) -> None:
+        try:
+            start()
+        except (ValueError, TypeError) as wrong:  # the user's: trying again changes nothing
+            raise JobError(Exit.USAGE, str(wrong)) from None
+        except RuntimeError as lack:
+            raise JobError(Exit.FAILED, str(lack)) from None
 
     def _put_aside(self, work: Work, error: BaseException) -> None:
-        tries = work.tries
-        message = (
-            f"the engine died {tries.alone} times with this row alone in it, and {tries.in_company} times with others; "
-            f"the last time: {brief_error(error)}"
-        )
+        message = work.tries.story(brief_error(error))
         LOGGER.warning("row %s is put aside: %s", work.row_id, message)
         self._samples.event("quarantine", f"row {work.row_id} is put aside: {message}")
         self._committer.error(work, Fault("engine_killed", "engine", message))
@@ -279,26 +295,6 @@ class Runner:
         self._unsynced.append(work.index)
         self._accounts.quarantined += 1
         self._check_errors()
-
-    def _on_failed_boot(self, replica: Replica, error: BaseException) -> None:
-        from shoal.driver.placement import PlacementError
-
-        self._accounts.boot_failures += 1
-        if isinstance(error, (ValueError, TypeError)):  # the user's: trying again changes nothing
-            raise JobError(Exit.USAGE, str(error))
-        if isinstance(error, PlacementError) and self._tools is None:
-            raise JobError(Exit.FAILED, str(error))
-        failures = self._boot_failures[replica.number] = self._boot_failures.get(replica.number, 0) + 1
-        LOGGER.warning("replica %d did not start (%d in a row): %s", replica.number, failures, brief_error(error))
-        self._samples.event("boot_failure", f"replica {replica.number} did not start: {brief_error(error)}")
-        if failures < _MOST_BOOT_FAILURES:
-            start = self._hooks.start_engine
-            self.replicas[replica.number] = Replica(replica.number, start, self._inbox, delay_s=RETRY_S * 2**failures)
-            return
-        del self.replicas[replica.number]
-        if not self.replicas:
-            raise JobError(Exit.FAILED, f"no engine could be started; the last time: {brief_error(error)}")
-        LOGGER.warning("going on with %d of %d replicas", len(self.replicas), self._config.replicas)
 
     def _check_errors(self) -> None:
         accounts = self._accounts
@@ -319,13 +315,16 @@ class Runner:
     def _feed(self) -> None:
         if self._stop.asked or self._full_since:
             return
+        self._dispatcher.report({n: replica.take_report() for n, replica in self.replicas.items()})
+        if self._dispatcher.num_waiting:
+            self._engines.tick()
         window = sum(lane.window for lane in self._dispatcher.lanes.values())
         if self._dispatcher.num_fresh < 512 + window // 2:
             self._feeder.allow(_CHUNKS_AHEAD)
         for number in list(self._dispatcher.lanes):
-            works = self._dispatcher.take(number)
-            if works:
-                self._submit(number, works)
+            self._submit(number, self._dispatcher.take(number))
+        for number in self._dispatcher.share():
+            self._submit(number, self._dispatcher.take(number))
         while self._exhausted and (move := self._dispatcher.rebalance()) is not None:
             self._withdraw(move.source, move.works)
             self._submit(move.target, move.works)
@@ -341,7 +340,8 @@ class Runner:
             for request in made:
                 request.num_solo_deaths = work.tries.ranks_alone
             requests += made
-        self.replicas[number].submit(requests)
+        if requests:
+            self.replicas[number].submit(requests)
 
     def _withdraw(self, number: int, works: list[Work]) -> None:
         numbers = [work.row.first_sequence + child for work in works for child in range(work.size)]

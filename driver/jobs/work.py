@@ -5,33 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.driver.binding import Row
+from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
-
-
-@dataclass(slots=True)
-class Tries:
-    """How often an engine died with a row in it. Deaths of ranks that the engine outlived are counted apart: it keeps
-    rows that may have killed them from the others by itself."""
-
-    in_company: int = 0
-    alone: int = 0
-    ranks_in_company: int = 0
-    ranks_alone: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.in_company + self.alone + self.ranks_in_company + self.ranks_alone
-
-    def add(self, alone: bool, of_ranks: bool) -> None:
-        """One more."""
-        if of_ranks:
-            self.ranks_alone += alone
-            self.ranks_in_company += not alone
-        else:
-            self.alone += alone
-            self.in_company += not alone
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +27,26 @@ class Work:
     def size(self) -> int:
         """Sequences it takes in an engine."""
         return self.row.bound.params.n
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt."""
+        return self.row.token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        """How it is sampled."""
+        return self.row.bound.params
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps its prefixes apart from others'."""
+        return self.row.cache_salt
+
+    @property
+    def priority(self) -> int:
+        """Lower goes first."""
+        return self.row.priority
 
 
 @dataclass(slots=True)

@@ -45,7 +45,10 @@ class CountingEngine:
             num_blocks=10,
             block_size=16,
             tensor_parallel_size=2,
+            world_size=2,
         )
+
+    window, num_replicas = 2 * MAX_SEQS, 1
 
     @classmethod
     def start(cls, config, get_model):
@@ -132,14 +135,14 @@ def make_llm(monkeypatch, tokenizer):
         spec = SimpleNamespace(vocab_size=VOCAB, eos_token_ids=(EOS, 5))
         resolved = SimpleNamespace(spec=spec, generation_config=generation_config or {})
         engine, config = ModuleType("engine"), ModuleType("model_config")
-        engine.Engine = CountingEngine
+        engine.start_engines = lambda config, replicas, get_model: CountingEngine.start(config, get_model)
         text = tokenizer.backend_tokenizer.to_str()
         config.resolve_all = lambda config: (
             resolved,
             *((None, None) if config.skip_tokenizer_init else (tokenizer, text)),
         )
         with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "shoal.driver.engine", engine)
+            patch.setitem(sys.modules, "shoal.driver.fleet", engine)
             patch.setitem(sys.modules, "shoal.driver.model_config", config)
             return LLM("some-model", **arguments)
 

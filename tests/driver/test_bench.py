@@ -22,6 +22,7 @@ from shoal.driver.bench.floors import (
     serial_floor,
 )
 from shoal.driver.bench.models import CONFIGS, model_spec
+from shoal.driver.bench.throughput import floor_of
 from shoal.driver.bench.workloads import MAX_TOKEN_ID, WORKLOADS, BenchRequest, get_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +229,15 @@ def test_printed_floors():
     assert result.returncode == 0, result.stderr
     nano = [line.split() for line in result.stdout.splitlines() if line.startswith("nano")]
     assert [row[2] for row in nano] == ["28,476", "39,818"]
+
+
+def test_each_replica_has_its_share_and_its_own_weights():
+    """Two replicas take as long as one with half the requests; the slower card counts."""
+    rates = {"read_bytes_per_s": 3e12, "copy_bytes_per_s": 3e12, "matmul_flops_per_s": 7e14}
+    resolved = SimpleNamespace(dtype="bfloat16", max_num_seqs=256, kv_cache_tokens=1 << 20)
+    llm = SimpleNamespace(model_config=model_spec("qwen3-0.6b"), resolved=resolved, get_world_size=lambda include_dp: 1)
+    requests = [BenchRequest([1] * 512, 128)] * 64
+    one, half = (floor_of(llm, some, [rates]).seconds for some in (requests, requests[:32]))
+    assert floor_of(llm, requests, [rates, rates]).seconds == half > one / 2
+    slow = rates | {"read_bytes_per_s": 1e12}
+    assert floor_of(llm, requests, [rates, slow]).seconds > half

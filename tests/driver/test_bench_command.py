@@ -152,6 +152,8 @@ def test_command_end_to_end(tmp_path):
     [
         (("--workload", "nanno"), "unknown workload 'nanno'"),
         (("--output", "no/such/folder.json"), "there is no folder"),
+        (("--replicas", "2", "--profile-seconds", "1"), "a profile is of one engine, and --replicas is 2"),
+        (("--replicas", "0"), 'replicas must be a number from 1 on, or "auto", got'),
         (("--profile-seconds", "-1"), r"--profile-seconds must be in \[0, 60\], got -1.0"),
         (("--peer-args", "{}x"), "no JSON"),
         (("--peer-args", '{"a": 1}'), "there is no --peer"),

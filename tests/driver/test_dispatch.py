@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from shoal.driver.dispatch import GROUP, Dispatcher, Trust, trust
-from shoal.driver.jobs.work import Tries, Work
+from shoal.driver.dispatch import GROUP, Dispatcher, Tries, Trust, trust
+from shoal.driver.jobs.work import Work
+from shoal.driver.params import SamplingParams
 
 
 def work(index, n=1):
-    return Work(index, str(index), b"", {}, SimpleNamespace(bound=SimpleNamespace(params=SimpleNamespace(n=n))))
+    row = SimpleNamespace(
+        bound=SimpleNamespace(params=SamplingParams(n=n)), token_ids=[1] * 8, cache_salt=None, priority=0
+    )
+    return Work(index, str(index), b"", {}, row)
 
 
 def filled(count, lanes=1, slots=4, n=1):

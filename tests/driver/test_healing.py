@@ -17,6 +17,8 @@ from shoal.driver.actor import Driver
 from shoal.driver.config import make_config
 from shoal.driver.healing import EngineDeadError
 from shoal.driver.params import SamplingParams
+from shoal.driver.placement import PlacementError
+from shoal.driver.replica import Place
 from shoal.driver.request import EngineRequest
 from shoal.driver.worker_group import RankDiedError, StepMemoryError
 from shoal.workers.config import LoadConfig
@@ -45,14 +47,14 @@ class FakeGroup:
     faults: queue.SimpleQueue  # (method, exception to raise in it), in order
     made: list
 
-    def __init__(self, config, device, env):
+    def __init__(self, config, device, env, node_id=None):
         self.device, self.world_size, self.stage_size, self.num_stages = device, 1, 1, 1
         self.probes = [{"pid": 1, "born": 1, "node_id": "n", "node_ip": "ip", "num_cpus": 1}]
         self.ranks, self.calls = [], []
         self.failure, self.dead = None, threading.Event()
         self.made.append(self)
         if len(self.made) in self.cannot_start:
-            raise RuntimeError("no place for it")
+            raise PlacementError("no place for it")
 
     def setup(self, configs, processors, timeout_s):
         self.runner = self.stub.StubRunner(0.0, None)
@@ -110,7 +112,7 @@ def start(monkeypatch, stub_ranks):
 
     monkeypatch.setattr(stub_ranks.os, "_exit", exit_)
 
-    def make(deaths=(), cannot_start=(), **arguments):
+    def make(deaths=(), cannot_start=(), place=Place(), **arguments):  # noqa: B008
         group = type("Group", (FakeGroup,), {"made": [], "deaths": set(deaths), "cannot_start": set(cannot_start)})
         group.stub = stub_ranks
         monkeypatch.setattr(gang, "WorkerGroup", group)
@@ -122,7 +124,7 @@ def start(monkeypatch, stub_ranks):
             device="cpu", disable_log_stats=True, **arguments,
         )  # fmt: skip
         driver = Driver(config, [None, 0], {})
-        driver._gang.place()
+        driver._gang.place(place)
         spec = SimpleNamespace(
             max_position_embeddings=128, check_tensor_parallel=lambda n: None, check_pipeline_parallel=lambda n: None,
             architecture="Stub", checkpoint_dtype="float32",
@@ -204,6 +206,14 @@ def test_death_while_idle_is_healed(start, stub_ranks):
     finished, deaths = collect(driver, 4)
     check(stub_ranks, finished)
     assert [death.tried for death in deaths] == [[]]
+
+
+def test_one_of_many_engines_does_not_wait_for_a_place(start):
+    driver = start(cannot_start=[2], deaths=[(1, 3)], place=Place(one_of_many=True))
+    driver.submit(requests())
+    with pytest.raises(EngineDeadError, match="its ranks died, and there is no place for new ones: no place for it"):
+        collect(driver, 24)
+    assert len(driver.groups) == 2
 
 
 def test_too_many_deaths_end_the_engine(start):

@@ -217,5 +217,5 @@ def test_constructor_errors(make_llm):
 
 def test_from_engine_args(make_llm, monkeypatch):
     config = make_llm(seed=7).config
-    monkeypatch.setattr(LLM, "_start", lambda self, config: setattr(self, "config", config))
+    monkeypatch.setattr(LLM, "_start", lambda self, config, replicas: setattr(self, "config", config))
     assert LLM.from_engine_args(config).config.seed == 7

@@ -30,9 +30,13 @@ def cluster(monkeypatch):
             time.sleep(0.01)
             return time.monotonic() - self.began > state.granted_after
 
-    def make(bundles, strategy):
+    def make(bundles, strategy, **_):
         state.asked = (bundles, strategy)
         return Group()
+
+    context = SimpleNamespace(get_actor_id=lambda: "a0")
+    monkeypatch.setattr(placement.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(placement, "placement_group_table", dict)
 
     monkeypatch.setattr(placement, "placement_group", make)
     monkeypatch.setattr(placement, "remove_placement_group", state.removed.append)
@@ -96,3 +100,17 @@ def test_gpus_that_may_come_are_not_refused_at_once():
     assert pick_device(waiting, {}) == "cuda"
     with pytest.raises(ValueError, match="the Ray cluster has 0"):
         pick_device(make_config(model="m", device="cuda", tensor_parallel_size=2), {})
+
+
+def test_groups_of_dead_drivers_are_given_back(cluster, monkeypatch):
+    table = {
+        "aa" * 18: {"name": "shoal-driver-d0-1", "state": "CREATED"},
+        "bb" * 18: {"name": "shoal-driver-d1-1", "state": "CREATED"},
+        "cc" * 18: {"name": "somebody's", "state": "CREATED"},
+        "dd" * 18: {"name": "shoal-driver-d0-2", "state": "REMOVED"},
+    }
+    monkeypatch.setattr(placement, "placement_group_table", lambda: table)
+    states = {"d0": {"State": "DEAD"}, "d1": {"State": "ALIVE"}}
+    monkeypatch.setattr(placement.ray._private.state, "actors", states.__getitem__)
+    placement.remove_orphans()
+    assert [group.id.hex() for group in cluster.removed] == ["aa" * 18]

@@ -172,7 +172,7 @@ def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr("shoal.driver.engine.Engine.start", broken)
-    monkeypatch.setattr("shoal.driver.jobs.runner.RETRY_S", 0.05)
+    monkeypatch.setattr("shoal.driver.replicas.RETRY_S", 0.05)
     ran = run(write_rows(ROWS))
     assert ran.code == Exit.FAILED
     assert ran.status()["message"] == "no engine could be started; the last time: RuntimeError: no such luck"
@@ -186,7 +186,7 @@ def test_what_cannot_be_placed_is_refused(run, write_rows):
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
-    assert "300" in message, message
+    assert "CPU: 3 needed, 2 free of 2" in message, message
     gpus = run(write_rows(ROWS), engine={"device": "cuda"}, fresh=True)
     assert gpus.code == Exit.USAGE
     assert "the Ray cluster has 0" in gpus.status()["message"]

@@ -181,9 +181,9 @@ class StubModel(RowModel):
     def starter(self, solo_deaths):
         start = super().starter(solo_deaths)
 
-        def begin():
+        def begin(place=None):
             engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
-            return start()
+            return start(place)
 
         return begin
 

@@ -81,8 +81,9 @@ def make_plan(config: JobConfig, args: argparse.Namespace) -> dict[str, Any]:
     times = []
     if card is not None:
         item_bytes = ITEM_BYTES[dtype]
-        seconds = estimate.floor_seconds(found, made, spec, card[1], fit, item_bytes, config.replicas, ranks)
-        on = f"{config.replicas} engine(s) on {fit['device']} each"
+        engines = 1 if config.replicas == "auto" else config.replicas
+        seconds = estimate.floor_seconds(found, made, spec, card[1], fit, item_bytes, engines, ranks)
+        on = f"{engines} engine(s) on {fit['device']} each"
         times.append({"rests_on": f"floor of {on} (driver/bench/floors.py): at least", "seconds": round(seconds, 2)})
     if like is not None:
         seconds = estimate.like_seconds(found, made, like)

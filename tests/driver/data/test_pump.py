@@ -10,6 +10,7 @@ from shoal.driver.actor import Collected
 from shoal.driver.binding import Row
 from shoal.driver.data.pump import Pump
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
 
 
@@ -56,7 +57,7 @@ class Binder:
 
 
 def rows(*ids, n=1):
-    return [Row(i, 0, 0, None, [one], SimpleNamespace(params=SimpleNamespace(n=n))) for i, one in enumerate(ids)]
+    return [Row(i, 0, 0, None, [one], SimpleNamespace(params=SamplingParams(n=n))) for i, one in enumerate(ids)]
 
 
 @pytest.fixture

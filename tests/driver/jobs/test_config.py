@@ -23,7 +23,7 @@ def test_defaults_and_lists():
         ({"output": "out.txt"}, r"output must end in .jsonl, .parquet or /, got 'out.txt'"),
         ({"output": " "}, "output must name a file"),
         ({"input": []}, "input: List should have at least 1 item"),
-        ({"replicas": 0}, r"replicas: .*greater than or equal to 1 \(got 0\)"),
+        ({"replicas": 0}, r'replicas must be a number from 1 on, or "auto", got 0'),
         ({"max_errors": "many"}, "max_errors must be a number of rows"),
         ({"max_errors": "-1"}, "max_errors"),
         ({"max_errors": "1.5"}, "max_errors"),
