@@ -50,7 +50,9 @@ def connect(address: str | None) -> None:
     if address is not None and address != "local":
         ray.init(address=address, logging_level="WARNING")
         return
-    ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+    # Ray would start a Python process for each core at once; an engine needs two, and waits for them among the others.
+    config = {"prestart_worker_first_driver": False}
+    ray.init(address="local", include_dashboard=False, logging_level="WARNING", _system_config=config)
     _started_ray = True
     _inherited_env.update(environment())
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from shoal.driver.block_pool import KVCacheManager
 from shoal.driver.draft import Draft, Plan, SchedulerLimits, SchedulerStats
+from shoal.driver.forecast import Admission
 from shoal.driver.request import EngineRequest, Request, RequestStatus
 from shoal.driver.suspects import Suspects
 from shoal.driver.waiting import WaitingQueue
@@ -42,6 +43,7 @@ class Scheduler:
         self._lane = 0  # whose turn it is
         self._lane_sizes = [0] * limits.num_lanes  # running rows of each
         self._drain = False  # a preemption waits for the plans in flight
+        self._admission = Admission()
         self._next_step = 0
 
     # ---- what comes in -----------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: Draft, budget: int) -> None:
         limits = self.limits
+        self._admission.look(self.kv)
         while budget and len(self.running) < limits.max_num_seqs and self._lane_has_room():
             request = self._waiting.head()
             if request is None:
@@ -185,7 +188,7 @@ class Scheduler:
                 count = min(count, limits.long_prefill_token_threshold)
             if count > budget and not limits.enable_chunked_prefill:
                 return
-            if not self.kv.can_admit(request, hits):
+            if not self.kv.can_admit(request, hits) or not self._admission.lets_in(request, num_cached, self.running):
                 return
             self._waiting.pop()
             self._admit(draft, request, hits, num_cached)
@@ -207,7 +210,8 @@ class Scheduler:
             return 1
         head = self._waiting.head()
         if head is not None:
-            if len(self.running) < self.limits.max_num_seqs and self.kv.can_admit(head, self.kv.find_prefix(head)):
+            room = len(self.running) < self.limits.max_num_seqs and not self._admission.crowded
+            if room and self.kv.can_admit(head, self.kv.find_prefix(head)):
                 return 1
             most = max(1, most // 4)  # a finished row's place should not stay empty for long
         rows = [request for request, count in pending if count]
@@ -374,6 +378,7 @@ class Scheduler:
             return
         if request.status is RequestStatus.RUNNING:
             self._leave(request)
+        self._admission.ended(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.source.number]
         self.suspects.forget(request)
@@ -383,6 +388,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self._admission.crowded = False
         self.kv.release(request)
         self._free_rows.append(request.row)
         self._lane_sizes[request.lane] -= 1

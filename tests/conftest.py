@@ -90,6 +90,14 @@ def _tokenizer():
     return fast
 
 
+@pytest.fixture
+def overcommit(monkeypatch) -> None:
+    """Engines of this process let requests in as long as there is room now: a small cache then makes preemptions."""
+    from shoal.driver.forecast import Admission
+
+    monkeypatch.setattr(Admission, "lets_in", lambda self, *_: True)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """tiny_checkpoint(family, **config changes) -> folder of a random float32 checkpoint with a tokenizer."""

@@ -132,6 +132,10 @@ class Worker:
         pipeline = Pipeline.init(stage, self._tp.rank, self._tp.world_size, self._torch_device())
         self.runner = ModelRunner(config, self._tp, processors, pipeline)
         seconds = self.runner.load()
+        if config.device == "cuda":
+            from shoal.workers.warm_up import compile_kernels
+
+            compile_kernels(self.runner)
         return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
 
     def free_memory(self) -> None:

@@ -21,6 +21,13 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int  # an upper bound of seq_lens
 
+    def of_last_tokens(self, rows: torch.Tensor) -> AttentionMetadata:
+        """The same pass seen by the last query token of each of these rows (int64 [n]), their keys already stored."""
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+        none = self.slot_mapping[:0]
+        tables = self.block_tables[rows]
+        return AttentionMetadata(starts, self.seq_lens[rows], tables, none, self.block_size, 1, self.max_seq_len)
+
     @property
     def num_rows(self) -> int:
         """Rows of this pass."""
@@ -36,3 +43,14 @@ class ForwardBatch:
     attention: AttentionMetadata
     hidden: torch.Tensor | None = None  # [num_tokens, hidden]: what the pipeline stage before made of the ids
     halves: tuple[ForwardBatch, ForwardBatch] | None = None  # the first rows and the rest, where sums can be hidden
+    sampling_rows: torch.Tensor | None = None  # int64 [n]: only their last tokens' hidden states are wanted; None: all
+
+    @property
+    def sampling_tokens(self) -> torch.Tensor:
+        """int64 [n]: where those tokens are."""
+        assert self.sampling_rows is not None
+        return self.attention.cu_seqlens_q[1:][self.sampling_rows].long() - 1
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """Of [num_tokens, size] what is wanted."""
+        return x if self.sampling_rows is None else x[self.sampling_tokens]

@@ -24,8 +24,6 @@ from shoal.workers.plan import Int32
 from shoal.workers.sampling_state import SamplingState
 from shoal.workers.state import BatchState
 
-_SHORTEST_BOUND = 1024  # contexts below this share their graphs
-_SPLITTING_ROWS = 32  # up to here attention may split long contexts, so the bound on them is part of a graph
 _WARM_UP_RUNS = 1  # compiles kernels and lets libraries allocate, which must not happen while recording
 
 
@@ -56,20 +54,24 @@ class DecodeGraphs:
         self._block_tables = buffer(torch.int32, most, state.block_tables.shape[1])
         self.hidden = None if self._stage.first else buffer(kv_cache[0].dtype, most, model.spec.hidden_size)  # input
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._stop_ids = sampling.stop_ids.data_ptr()
         self._size = 0
-        self._bound = 0
 
-    def set_rows(self, rows: Int32, longest: int) -> None:
-        """Serve these rows from now on; no context among them exceeds `longest` tokens in the coming replays."""
-        self._size = self._sizes[bisect.bisect_left(self._sizes, len(rows))]
-        bound = (
-            max(_SHORTEST_BOUND, 1 << (longest - 1).bit_length()) if self._size <= _SPLITTING_ROWS else self._max_len
-        )
-        self._bound = min(self._max_len, bound)
+    def compile(self, num_rows: int) -> None:
+        """Goes through a step of so many rows outside a graph. There are none yet: it serves padding."""
+        self._size = self._size_for(num_rows)
+        self._rows[: self._size] = -1
+        if self._stage.last:
+            self._full_step()
+        else:
+            self._logits_step()
+
+    def set_rows(self, rows: Int32) -> None:
+        """Serve these rows from now on."""
+        self._size = self._size_for(len(rows))
         padded = np.full(self._size, -1, np.int64)
         padded[: len(rows)] = rows
         self._rows[: self._size] = to_device(padded, self._rows.device)
@@ -87,12 +89,15 @@ class DecodeGraphs:
             self._graphs.clear()
             self._pool = torch.cuda.graph_pool_handle()  # the old one is gone with its last graph
             self._stop_ids = self._sampling.stop_ids.data_ptr()
-        key = (self._size, self._bound, full)
+        key = (self._size, full)
         if key not in self._graphs:
             self._graphs[key] = self._record(full)
         graph, result = self._graphs[key]
         graph.replay()
         return result
+
+    def _size_for(self, num_rows: int) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, num_rows)]
 
     def _record(self, full: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Warm up and record on a side stream. The warm-up serves padding only, so it changes nothing."""
@@ -141,7 +146,7 @@ class DecodeGraphs:
             self._slots[:n],
             state.block_size,
             1,
-            self._bound,
+            self._max_len,
         )
         received = None if self.hidden is None else self.hidden[:n]
         batch = ForwardBatch(self._input_ids[:n], self._positions[:n], attention, received)

@@ -109,6 +109,10 @@ class ModelRunner:
         self.kv_cache = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self.num_layers)]
         self._make_graphs()
 
+    def release_kv(self) -> None:
+        """No cache, and nothing that holds it."""
+        self.kv_cache, self.graphs = [], None
+
     def _make_graphs(self) -> None:
         """Graphs hold addresses of weights and cache: new ones whenever either is."""
         self.graphs = None
@@ -140,7 +144,7 @@ class ModelRunner:
         hidden = self.model(batch, self.kv_cache)
         if self.stage.last:
             self.model.compute_logits(hidden[:rows]).float().softmax(-1)
-        self.kv_cache = []
+        self.release_kv()
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -165,14 +169,13 @@ class ModelRunner:
         """A plan in which every row decodes, by graphs."""
         assert self.graphs is not None
         plain = self.stage.last and self.sampling.is_plain(plan.rows)
-        longest = int(self.state.num_computed[plan.rows].max()) + plan.num_steps
         num_rows = 0
         for step in range(plan.num_steps):
             active = np.flatnonzero(plan.row_steps > step).astype(np.int32)
             rows = plan.rows[active]
             if len(rows) != num_rows:
                 num_rows = len(rows)
-                self.graphs.set_rows(rows, longest)
+                self.graphs.set_rows(rows)
             self.pipeline.settle(rows, self.state)
             if self.graphs.hidden is not None:
                 self.graphs.hidden[:num_rows] = self._receive(num_rows)
@@ -199,8 +202,12 @@ class ModelRunner:
         if not self.stage.first:
             batch.hidden = self._receive(len(batch.input_ids))
         batch.halves = self._halves(rows, counts)
-        hidden = self.model(batch, self.kv_cache)
         picks = np.flatnonzero(plan.samples[active])
+        # The last layer computes sampling tokens only, unless ranks keep each other's residuals, by rows of the step.
+        whole = not self.stage.last or self.tp.peers is not None or bool(self._prompt_logprobs)
+        if not whole and len(picks) < len(batch.input_ids):
+            batch.sampling_rows = to_device(picks, self.device)
+        hidden = self.model(batch, self.kv_cache)
         if not self.stage.last:
             self.state.advance(rows, counts)
             self._pass_on(hidden, rows[picks])
@@ -209,10 +216,9 @@ class ModelRunner:
             self._score_prompts(active, rows, counts, hidden, out)
         self.state.advance(rows, counts)
         if len(picks):
-            last = batch.attention.cu_seqlens_q[1:].long() - 1
-            if len(picks) != len(rows):
-                last = last[to_device(picks, self.device)]
-            logits = self.model.compute_logits(hidden[last])
+            if len(hidden) != len(picks):  # prompts are scored too
+                hidden = hidden[batch.attention.cu_seqlens_q[1:].long()[to_device(picks, self.device)] - 1]
+            logits = self.model.compute_logits(hidden)
             self._sample(rows[picks], out.sampling_index[active[picks]], logits, step, out)
 
     def _sample(self, rows: Int32, places: Int32, logits: torch.Tensor, step: int, out: PendingOutput) -> None:
@@ -277,7 +283,7 @@ class ModelRunner:
 
     def sleep(self, level: int) -> None:
         """Give memory back: the KV cache always; weights to host memory (level 1, on a GPU) or dropped (level 2)."""
-        self.kv_cache, self.graphs = [], None
+        self.release_kv()
         if level == 1 and self.device.type == "cuda":
             self.model.to("cpu")
         elif level == 2:

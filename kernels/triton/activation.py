@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.dependent import launch_options, wait_for_previous
+
 _BLOCK = 1024
-_KINDS = {
+KINDS = {
     "relu": "relu",
     "silu": "silu",
     "gelu": "gelu",
@@ -18,7 +20,7 @@ _KINDS = {
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr):
+def activate(x, KIND: tl.constexpr):
     """float32 in and out."""
     if KIND == "relu":
         y = tl.where(x < 0, 0.0, x)
@@ -36,22 +38,24 @@ def _activate(x, KIND: tl.constexpr):
 
 @triton.jit
 def activation_kernel(
-    x_ptr, out_ptr, x_stride, SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, out_ptr, x_stride, SIZE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """x [rows, SIZE], or [rows, 2 * SIZE] if GATED, rows x_stride apart -> out [rows, SIZE]."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < SIZE
+    wait_for_previous(DEPENDENT)
     x = tl.load(x_ptr + row * x_stride + offs, mask=mask, other=0.0)
-    y = _activate(x.to(tl.float32), KIND).to(x.dtype)
+    y = activate(x.to(tl.float32), KIND).to(x.dtype)
     if GATED:
         y *= tl.load(x_ptr + row * x_stride + SIZE + offs, mask=mask, other=0.0)
     tl.store(out_ptr + row * SIZE + offs, y, mask=mask)
 
 
 def _run(x: torch.Tensor, name: str, gated: bool) -> torch.Tensor:
-    if name not in _KINDS:
-        raise ValueError(f"unknown activation {name!r}, known: {', '.join(_KINDS)}")
+    if name not in KINDS:
+        raise ValueError(f"unknown activation {name!r}, known: {', '.join(KINDS)}")
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()
     width = x.shape[-1]
@@ -63,10 +67,11 @@ def _run(x: torch.Tensor, name: str, gated: bool) -> torch.Tensor:
             out,
             x.stride(0) if x.dim() == 2 else width,
             SIZE=size,
-            KIND=_KINDS[name],
+            KIND=KINDS[name],
             GATED=gated,
             BLOCK=_BLOCK,
             num_warps=4,
+            **launch_options(x.device),
         )
     return out
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
+from shoal.kernels.triton.dependent import wait_for_previous
 
 
 @triton.jit
@@ -94,14 +95,14 @@ def _add_parts(
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "min_share"])
+@triton.jit(do_not_specialize=["num_rows", "min_share", "table_stride"])
 def decode_kernel(
     query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
     scale_log2, num_rows, min_share, query_stride, query_head_stride, block_stride, token_stride, head_stride,
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    MIXED: tl.constexpr, PRECISION: tl.constexpr,
+    MIXED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
@@ -129,6 +130,7 @@ def decode_kernel(
         row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
         before += tl.sum(tiles, 0)
         empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
+    wait_for_previous(DEPENDENT)  # lengths are older than the kernel before this one: see dependent.py
     while row_begin < end:
         token = row
         seq_len = tl.load(seq_lens_ptr + row)

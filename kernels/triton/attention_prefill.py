@@ -59,7 +59,7 @@ def _count_tiles(row, num_rows, starts_ptr, BLOCK_Q: tl.constexpr, SKIP_ONE: tl.
     return tl.cdiv(q_len, BLOCK_Q)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "table_stride"])
 def prefill_kernel(
     query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr,
     scale_log2, num_rows, query_stride, query_head_stride, block_stride, token_stride, head_stride, table_stride,

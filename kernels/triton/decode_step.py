@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.dependent import launch_options, wait_for_previous
+
 
 @triton.jit
 def prepare_decode_kernel(
@@ -43,8 +45,9 @@ def prepare_decode_kernel(
 @triton.jit
 def append_decode_kernel(
     rows_ptr, sampled_ptr, token_ids_ptr, num_tokens_ptr, num_prompt_ptr, min_tokens_ptr, stop_ids_ptr, ended_ptr,
-    out_ptr, tokens_stride, num_stop_ids, STOPS: tl.constexpr,
+    out_ptr, tokens_stride, num_stop_ids, STOPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + i)
     tl.store(out_ptr + i, -1)
@@ -124,4 +127,5 @@ def append_decode(
         stop_ids.shape[1],
         STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         num_warps=1,
+        **launch_options(rows.device),
     )

@@ -12,6 +12,7 @@ import triton
 
 from shoal.kernels.triton.attention_decode import decode_kernel
 from shoal.kernels.triton.attention_prefill import prefill_kernel
+from shoal.kernels.triton.dependent import launch_options
 
 _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
@@ -170,6 +171,7 @@ def decode(
         num_warps=config.warps,
         num_stages=config.stages,
         maxnreg=config.registers(),
+        **launch_options(query.device),
     )
 
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.dependent import launch_options, wait_for_previous
+
 
 @triton.jit
 def _norm_rope(
@@ -35,6 +37,7 @@ def qk_norm_rope_store_kernel(
     eps, qkv_stride, block_stride, token_stride, head_stride, block_size,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, KV_PAD: tl.constexpr,
     HEAD: tl.constexpr, HALF_PAD: tl.constexpr, HEAD_PAD: tl.constexpr, NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HALF_PAD)
@@ -42,6 +45,8 @@ def qk_norm_rope_store_kernel(
     position = tl.load(positions_ptr + token)
     cos = tl.load(cos_sin_ptr + position * HEAD + dims, mask=half_mask, other=0.0)[None, :]
     sin = tl.load(cos_sin_ptr + position * HEAD + HEAD // 2 + dims, mask=half_mask, other=0.0)[None, :]
+    slot = tl.load(slots_ptr + token)
+    wait_for_previous(DEPENDENT)
     row = qkv_ptr + token * qkv_stride
     keys = row + HEADS * HEAD
     dtype = out_ptr.dtype.element_ty
@@ -53,7 +58,6 @@ def qk_norm_rope_store_kernel(
         tl.store(out, low.to(dtype), mask=mask)
         tl.store(out + HEAD // 2, high.to(dtype), mask=mask)
     else:
-        slot = tl.load(slots_ptr + token)
         kv_heads = tl.arange(0, KV_PAD)
         whole = tl.arange(0, HEAD_PAD)
         place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
@@ -110,5 +114,6 @@ def qk_norm_rope_store(
             HEAD_PAD=triton.next_power_of_2(size),
             NORM=query_weight is not None,
             num_warps=4,
+            **launch_options(qkv.device),
         )
     return query

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.dependent import launch_options, wait_for_previous
 from shoal.kernels.triton.noise import gumbel, words_of_block, words_of_ids
 
 TILE = 256  # ids of one warp's step: 16 bytes of bfloat16 a thread
@@ -85,9 +86,10 @@ def _best_greedy(base, first, end, vocab, TILE: tl.constexpr):
 @triton.jit
 def best_of_chunk_kernel(
     logits_ptr, temperature_ptr, floor_ptr, streams_ptr, positions_ptr, value_ptr, index_ptr,
-    vocab, logits_stride, chunk_size, num_chunks, TILE: tl.constexpr,
+    vocab, logits_stride, chunk_size, num_chunks, TILE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """logits [n, vocab] -> the best score and its id of each chunk, [n, num_chunks]; no temperatures: all greedy."""
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     base = logits_ptr + row * logits_stride
@@ -112,8 +114,9 @@ def best_of_chunk_kernel(
 
 
 @triton.jit
-def best_chunk_kernel(value_ptr, index_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
+def best_chunk_kernel(value_ptr, index_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr, DEPENDENT: tl.constexpr):
     """[n, num_chunks] -> the id of each row's best score, the lowest among equals."""
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, CHUNKS)
     mask = offs < num_chunks
@@ -155,8 +158,17 @@ def _choose(
         chunks,
         TILE=TILE,
         num_warps=1,  # a vote of one warp needs no barrier
+        **launch_options(logits.device),
     )
-    best_chunk_kernel[(rows,)](values, index, out, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1)
+    best_chunk_kernel[(rows,)](
+        values,
+        index,
+        out,
+        chunks,
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=1,
+        **launch_options(logits.device),
+    )
     return out
 
 

@@ -88,6 +88,7 @@ def test_scheduling_does_not_change_tokens(arguments, tiny_checkpoint, local_llm
     assert [list(o.outputs[0].token_ids) for o in outputs] == expected
 
 
+@pytest.mark.usefixtures("overcommit")
 def test_preemption_does_not_change_tokens(tiny_checkpoint, local_llm) -> None:
     folder, prompts = tiny_checkpoint("llama"), mixed_prompts()
     expected = [tokens for tokens, _, _ in reference(folder, prompts, 32)]

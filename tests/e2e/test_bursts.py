@@ -91,6 +91,7 @@ def _exercised(case: str, result: list) -> None:
         assert all(len(ids) >= 11 for _, _, ids, _, _ in ends)
 
 
+@pytest.mark.usefixtures("overcommit")
 @pytest.mark.parametrize("case", ["seeded", "eos", "stop-string", "penalties", "bad-words", "n"])
 def test_same_outputs_under_preemption(case, tiny_checkpoint, local_llm) -> None:
     """A cache too small for the batch: rows are thrown out and come back, and nothing changes."""

@@ -21,6 +21,7 @@ def ids(outputs) -> list[list[int]]:
     return [list(part.token_ids) for output in outputs for part in output.outputs]
 
 
+@pytest.mark.usefixtures("overcommit")
 def test_a_seeded_row_is_the_same_alone_in_a_batch_and_after_preemption(tiny_checkpoint, local_llm) -> None:
     folder = tiny_checkpoint("llama")
     batch = prompts(64)

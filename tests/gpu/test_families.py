@@ -123,6 +123,7 @@ def test_float32_equals_the_references_on_the_cpu(variant, way, expected, tiny_c
         assert graphs._graphs, "no step was a graph"
 
 
+@pytest.mark.usefixtures("overcommit")
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,10 +12,16 @@ import torch
 from torch.nn.functional import linear
 
 from shoal.workers.batch import AttentionMetadata
-from shoal.workers.layers.activation import Activation, GatedActivation
+from shoal.workers.layers.activation import Activation
 from shoal.workers.layers.attention import Attention
 from shoal.workers.layers.embedding import LearnedPositions, ParallelLMHead, VocabParallelEmbedding
-from shoal.workers.layers.linear import ColumnParallelLinear, QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from shoal.workers.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from shoal.workers.layers.norm import LayerNorm, RMSNorm
 from shoal.workers.layers.rotary import RotaryEmbedding
 from shoal.workers.models.spec import RopeSpec
@@ -141,9 +147,11 @@ def test_small_layers() -> None:
     assert list(plain.parameters()) == []
     torch.testing.assert_close(plain(torch.tensor([[3.0, 5.0]])), torch.tensor([[-1.0, 1.0]]))
     assert Activation("relu")(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
-    gate_up = torch.tensor([[1.0, -2.0, 3.0, 5.0]])
-    assert GatedActivation("relu")(gate_up).tolist() == [[3.0, 0.0]]
-    torch.testing.assert_close(GatedActivation("silu")(gate_up)[0, 0], torch.tensor(3 / (1 + 2.718281828**-1)))
+    layer = MergedColumnParallelLinear(1, [2, 2], TensorParallel(), bias=False)
+    layer.weight.data = torch.tensor([[1.0], [-2.0], [3.0], [5.0]])
+    assert layer.gated(torch.ones(1, 1), "relu").tolist() == [[3.0, 0.0]]
+    silu = layer.gated(torch.ones(1, 1), "silu")
+    torch.testing.assert_close(silu[0, 0], torch.tensor(3 / (1 + 2.718281828**-1)))
 
 
 def test_rotary_turns_by_position_times_frequency() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
+from shoal.kernels.ops.linear import linear
 from shoal.workers.layers.parameter import WeightParameter, check_shape, copy_into, load_replicated
 
 if TYPE_CHECKING:

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import linear
 
+from shoal.kernels.ops.activation_and_mul import activation_and_mul
+from shoal.kernels.ops.gated_linear import gated_linear
+from shoal.kernels.ops.linear import linear
+from shoal.kernels.ops.linear_add_norm import linear_add_norm
 from shoal.workers.layers.parameter import WeightParameter, check_shape, copy_into, load_replicated
 
 if TYPE_CHECKING:
@@ -67,6 +70,13 @@ class MergedColumnParallelLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, this rank's outputs]."""
         return linear(x, self.weight, self.bias)
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(first layer) * second layer, of two layers of one size -> [num_tokens, this rank's part]."""
+        assert len(self.shards) == 2
+        if self.bias is None:
+            return gated_linear(x, self.weight, activation)
+        return activation_and_mul(self(x), activation)
 
     def _load(self, param: WeightParameter, source: TensorSource, shard_id: int | None) -> None:
         """One part of the layer, or (shard_id None) a checkpoint's own fusion of all parts."""
@@ -155,6 +165,8 @@ class RowParallelLinear(torch.nn.Module):
 
         residual [num_tokens, output_size] may be overwritten.
         """
+        if norm is not None and scale == 1.0 and self.tp.world_size == 1 and self.bias is None:
+            return linear_add_norm(x, self.weight, residual, norm.weight, norm.eps)
         peers = self.tp.peers
         if peers is not None and x.shape[0] <= peers.num_rows:
             return peers.linear_add_norm(x, self.weight, self.bias, residual, norm, scale)

@@ -70,6 +70,7 @@ class Model(torch.nn.Module):
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """Hidden states [num_tokens, hidden] after the final norm, or what the next stage starts from.
 
+        Where the batch names `sampling_rows`, the last stage returns [n, hidden], those of the rows' last tokens.
         `kv_cache[i]`, of this stage's i-th layer, is [2, num_blocks, block_size, num_kv_heads_per_rank, head_dim]; this
         pass's keys and values are written into it.
         """

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from shoal.kernels.ops.qk_norm_rope_store import qk_norm_rope_store
-from shoal.workers.layers.activation import GatedActivation
 from shoal.workers.layers.attention import Attention
 from shoal.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from shoal.workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -18,7 +17,7 @@ from shoal.workers.models.base import Model
 from shoal.workers.pipeline import WHOLE, Stage
 
 if TYPE_CHECKING:
-    from shoal.workers.batch import AttentionMetadata, ForwardBatch
+    from shoal.workers.batch import ForwardBatch
     from shoal.workers.models.spec import ModelSpec
     from shoal.workers.overlap import Overlap
     from shoal.workers.parallel import TensorParallel
@@ -44,9 +43,13 @@ class RotaryAttention(torch.nn.Module):
         self.attn = Attention(self.num_heads, self.num_kv_heads, spec.head_dim, spec.layer_attention_scale(layer))
 
     def forward(
-        self, x: torch.Tensor, rotation: Rotation, metadata: AttentionMetadata, kv_cache: torch.Tensor
+        self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch, kv_cache: torch.Tensor, pick: bool = False
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, this rank's heads * head_dim], what o_proj takes."""
+        """[T, hidden] -> [T, this rank's heads * head_dim], what o_proj takes; `pick`: only of tokens that are wanted.
+
+        Keys and values of all tokens go into the cache.
+        """
+        metadata = batch.attention
         query = qk_norm_rope_store(
             self.qkv_proj(x),
             None if self.q_norm is None else self.q_norm.weight,
@@ -58,6 +61,8 @@ class RotaryAttention(torch.nn.Module):
             metadata.slot_mapping,
             self.num_heads,
         )
+        if pick and batch.sampling_rows is not None:
+            query, metadata = query[batch.sampling_tokens], metadata.of_last_tokens(batch.sampling_rows)
         return self.attn.attend(query, metadata, kv_cache)
 
 
@@ -68,13 +73,12 @@ class GatedMLP(torch.nn.Module):
         super().__init__()
         size = spec.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(spec.hidden_size, [size, size], tp, bias=spec.mlp_bias)
-        self.act = GatedActivation(spec.activation)
+        self.activation = spec.activation
         self.down_proj = RowParallelLinear(size, spec.hidden_size, tp, bias=spec.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] -> [T, this rank's intermediates], what down_proj takes."""
-        output: torch.Tensor = self.act(self.gate_up_proj(x))
-        return output
+        return self.gate_up_proj.gated(x, self.activation)
 
 
 class DecoderLayer(torch.nn.Module):
@@ -96,15 +100,17 @@ class DecoderLayer(torch.nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor,
         rotation: Rotation,
-        metadata: AttentionMetadata,
+        batch: ForwardBatch,
         kv_cache: torch.Tensor,
         next_norm: RMSNorm | None,
+        last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_layernorm of the residual, the residual) -> (next_norm of the new residual, the new residual).
 
-        All [T, hidden]; without a next_norm the first result is the residual itself.
+        All [T, hidden]; without a next_norm the first result is the residual itself. After the `last` layer nothing
+        asks for tokens that do not sample: it gives their keys and values to the cache and leaves them out.
         """
-        x, residual = self.attend(x, residual, rotation, metadata, kv_cache)
+        x, residual = self.attend(x, residual, rotation, batch, kv_cache, last)
         return self.feed(x, residual, next_norm)
 
     def attend(
@@ -112,11 +118,14 @@ class DecoderLayer(torch.nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor,
         rotation: Rotation,
-        metadata: AttentionMetadata,
+        batch: ForwardBatch,
         kv_cache: torch.Tensor,
+        last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The first block of `forward`: (post_attention_layernorm of the new residual, the new residual)."""
-        heads = self.self_attn(x, rotation, metadata, kv_cache)
+        heads = self.self_attn(x, rotation, batch, kv_cache, pick=last)
+        if last:
+            residual = batch.pick(residual)
         norm, scale = self.post_attention_layernorm, self.residual_multiplier
         return self.self_attn.o_proj.add_norm(heads, residual, norm, scale)
 
@@ -159,8 +168,9 @@ class DecoderModel(Model):
             return self._forward_halves(x, batch.halves, own, norms, self.tp.peers.overlap)
         rotation = (self.rotary_emb.cos_sin, batch.positions)
         x, residual = norms[0](x), x
-        for (layer, cache), next_norm in zip(own, norms[1:], strict=True):
-            x, residual = layer(x, residual, rotation, batch.attention, cache, next_norm)
+        for index, (layer, cache) in enumerate(own):
+            last = self.stage.last and index == len(own) - 1
+            x, residual = layer(x, residual, rotation, batch, cache, norms[index + 1], last)
         output: torch.Tensor = x
         return output
 
@@ -175,7 +185,7 @@ class DecoderModel(Model):
         for (layer, cache), next_norm in zip(own, norms[1:], strict=True):
             for i, half in enumerate(halves):
                 with overlap.half(firsts[i]):
-                    streams[i] = layer.attend(*streams[i], rotations[i], half.attention, cache)
+                    streams[i] = layer.attend(*streams[i], rotations[i], half, cache)
             for i in range(len(halves)):
                 with overlap.half(firsts[i]):
                     streams[i] = layer.feed(*streams[i], next_norm)

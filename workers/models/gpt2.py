@@ -93,5 +93,5 @@ class GPT2LMHeadModel(Model):
         x = self.wte(batch.input_ids) + self.wpe(batch.positions) if batch.hidden is None else batch.hidden
         for layer, cache in self.own(self.h, kv_cache):
             x = layer(x, batch.attention, cache)
-        output: torch.Tensor = self.ln_f(x) if self.stage.last else x
+        output: torch.Tensor = self.ln_f(batch.pick(x)) if self.stage.last else x
         return output

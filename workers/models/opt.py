@@ -97,7 +97,7 @@ class OPTForCausalLM(Model):
         x = self._embed(batch) if batch.hidden is None else batch.hidden
         for layer, cache in self.own(self.layers, kv_cache):
             x = layer(x, batch.attention, cache)
-        output: torch.Tensor = x
+        output: torch.Tensor = batch.pick(x)
         if self.stage.last and self.final_layer_norm is not None:
             output = self.final_layer_norm(output)
         if self.stage.last and self.project_out is not None:
