@@ -2,7 +2,11 @@
 
 import random
 
+from shoal.driver.draft import SchedulerLimits
 from shoal.driver.forecast import KVLoad, OutputLengths
+from shoal.driver.params import SamplingParams
+from shoal.driver.request import EngineRequest
+from shoal.driver.scheduler import Scheduler
 
 
 def peak(requests: list[tuple[int, int]]) -> int:
@@ -39,3 +43,14 @@ def test_expected_length_is_the_mean_of_the_longer_ones() -> None:
     assert lengths.expected_left(0) == 20
     assert lengths.expected_left(10) == 20, "only the longer ones count"
     assert lengths.expected_left(30) == 0
+
+
+def test_a_request_is_let_in_as_soon_as_the_peak_allows() -> None:
+    """48 tokens: rows of 8 + 24 and 8 + 2 hold 34 at most, one of 16 + 24 beside them 72."""
+    scheduler = Scheduler(SchedulerLimits(64, 4, 64, num_blocks=12, block_size=4))
+    for number, (prompt, output) in enumerate(((8, 24), (8, 2), (16, 24))):
+        params = SamplingParams(max_tokens=output)
+        scheduler.add(EngineRequest(number, [3 + number] * prompt, params, stop_ids=(), eos_ids=()))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [request.source.number for request in plan.requests] == [0, 1]

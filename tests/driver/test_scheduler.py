@@ -219,40 +219,18 @@ def long_request(number: int, prompt: list[int], max_tokens: int, **more: object
     return request
 
 
-def may_stop(request: EngineRequest) -> EngineRequest:
-    """An id that FakeRanks never samples could end it."""
-    request.stop_ids = (NEVER,)
-    return request
-
-
 def run(lim: SchedulerLimits, requests: list[EngineRequest], lookahead: int = 2) -> tuple[Scheduler, dict]:
     scheduler = Scheduler(lim)
     return scheduler, drive(scheduler, FakeRanks(lim), lookahead, {0: list(requests)})
 
 
-def test_requests_of_known_length_are_let_in_only_to_stay() -> None:
-    lim = limits(num_blocks=12)
+@pytest.mark.parametrize("known", [False, True], ids=["may stop", "known length"])
+def test_preemption_loses_nothing_and_known_lengths_need_none(known) -> None:
     requests = [long_request(i, [i + 2] * 8, 24) for i in range(4)]
-    scheduler, ended = run(lim, requests)
-    assert scheduler.stats.num_preemptions == 0
-    for request in requests:
-        assert ended[request.number].token_ids[8:] == expected_output(request, 64)[0]
-
-
-def test_a_request_is_let_in_as_soon_as_the_peak_allows() -> None:
-    lim = limits(num_blocks=12)  # 48 tokens: 8 + 24 and 8 + 2 never hold more than 8 + 2 + 8 + 2 at a time
-    scheduler = Scheduler(lim)
-    for request in (long_request(0, [3] * 8, 24), long_request(1, [4] * 8, 2), long_request(2, [5] * 16, 24)):
-        scheduler.add(request)
-    plan = scheduler.schedule()
-    assert [request.source.number for request in plan.requests] == [0, 1]
-
-
-def test_preemption_happens_and_loses_nothing() -> None:
-    lim = limits(num_blocks=12)
-    requests = [may_stop(long_request(i, [i + 2] * 8, 24)) for i in range(4)]  # their lengths are not known
-    scheduler, ended = run(lim, requests)
-    assert scheduler.stats.num_preemptions >= 1
+    for request in () if known else requests:
+        request.stop_ids = (NEVER,)
+    scheduler, ended = run(limits(num_blocks=12), requests)
+    assert (scheduler.stats.num_preemptions == 0) == known
     for request in requests:
         assert ended[request.number].token_ids[8:] == expected_output(request, 64)[0]
 
