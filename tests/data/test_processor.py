@@ -80,7 +80,7 @@ def alive():
 
 def assert_gone():
     deadline = time.monotonic() + 100
-    while alive() != ([], []):
+    while alive()[0]:
         assert time.monotonic() < deadline, alive()
         time.sleep(0.1)
 
