@@ -46,6 +46,8 @@ from shoal.workers.config import LoadConfig
 from shoal.workers.models.spec import ModelSpec
 from shoal.workers.plan import StepOutput
 
+_START_S = 3600.0  # how long a detached driver may take to start, while nobody asks for results
+
 
 @dataclass(slots=True)
 class Collected:
@@ -89,7 +91,10 @@ class _RanksDied:
 class Driver:
     """One replica. Plain class: `RemoteDriver` is the actor."""
 
-    def __init__(self, config: EngineConfig, processors: list[Any], env: dict[str, str]) -> None:
+    def __init__(
+        self, config: EngineConfig, processors: list[Any], env: dict[str, str], detached: bool = False
+    ) -> None:
+        """`detached`: Ray does not end it with whoever made it; it ends itself when that one is silent."""
         self._config = config
         self._gang = Gang(config, processors, env, lambda epoch, reason: self._inbox.put(_RanksDied(epoch, reason)))
         self._metrics = EngineMetrics()
@@ -97,7 +102,7 @@ class Driver:
         self._controls: deque[_Control] = deque()
         self._inflight: deque[Plan] = deque()
         self._outbox: list[FinishedRequest | Death] = []
-        self._lease: Lease | None = None
+        self._lease = Lease(_START_S, self.shutdown) if detached else None
         self._acknowledged = 0  # what has left the outbox
         self._news = threading.Condition()
         self._failure: str | None = None
@@ -150,8 +155,9 @@ class Driver:
         self._inbox.put(requests)
 
     def end_when_silent(self, seconds: float) -> None:
-        """End everything, this process too, when `collect` is not called for so long."""
-        self._lease = Lease(seconds, self.shutdown)
+        """End everything, this process too, when `collect` is not called for so long. Of detached drivers."""
+        assert self._lease is not None
+        self._lease.change(seconds)
 
     def collect(self, mark: int, timeout: float) -> Collected:
         """Finished requests, as soon as there are any or after `timeout` seconds. They are kept until the caller gives

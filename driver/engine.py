@@ -98,8 +98,10 @@ class Engine:
     after too many in a row, or with `revives=False`, the error is raised.
     """
 
-    def __init__(self, config: EngineConfig, get_model: GetModel, revives: bool, place: Place) -> None:
-        self._config, self._get_model, self._revives = config, get_model, revives
+    def __init__(
+        self, config: EngineConfig, get_model: GetModel, revives: bool, place: Place, silence_s: float | None
+    ) -> None:
+        self._config, self._get_model, self._revives, self._silence_s = config, get_model, revives, silence_s
         self._restarts = Restarts(config.max_rank_restarts, config.restart_backoff_s)
         self._pending: dict[int, EngineRequest] = {}  # what the driver has and has not given back
         self._mark = 0
@@ -116,10 +118,13 @@ class Engine:
         get_model: GetModel,
         revives: bool = True,
         place: Place | None = None,
+        silence_s: float | None = None,
     ) -> Engine:
         """Create the replica and wait until it is ready. `get_model` is called once its processes are on their way.
 
-        `place`: where it is to go at first; None: where Ray finds room.
+        `place`: where it is to go at first; None: where Ray finds room. `silence_s`: it ends by itself when nobody has
+        asked for results for so long, and not, as Ray would have it, killed with this process: Ray keeps the placement
+        group of an actor that it killed so.
         """
         place = place or Place()
         if place.timeout_s is not None:
@@ -127,7 +132,7 @@ class Engine:
         set_up_logging()
         connect(config.address)
         try:
-            return cls(config, get_model, revives, place)
+            return cls(config, get_model, revives, place, silence_s)
         except BaseException:
             _stop_ray_if_last()
             raise
@@ -141,16 +146,20 @@ class Engine:
         processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
         # The hub's token goes to the ranks in LoadConfig, and nowhere else.
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
+        detached = self._silence_s is not None
         driver = RemoteDriver.options(
+            lifetime="detached" if detached else "non_detached",
             runtime_env={"env_vars": env} if env else None,
             scheduling_strategy="DEFAULT",  # else a placement group of the caller's would take it in, and end with it
-        ).remote(plain, processors, env)
+        ).remote(plain, processors, env, detached)
         try:
             placing = driver.place.remote(self._place)
             model, _, tokenizer_json = self._get_model()
             check_model_len(config, model.spec)
             self._process = ask(placing)
             self.resolved: ResolvedConfig = ask(driver.start.remote(model.spec, model.load, tokenizer_json))
+            if self._silence_s is not None:
+                driver.end_when_silent.remote(self._silence_s)
         except BaseException:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(driver.shutdown.remote(), timeout=10)

@@ -16,15 +16,24 @@ class Lease:
     def __init__(self, seconds: float, end: Callable[[], None]) -> None:
         self._seconds, self._end = seconds, end
         self._renewed = time.monotonic()
+        self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
 
     def renew(self) -> None:
         """The client lives."""
         self._renewed = time.monotonic()
 
+    def change(self, seconds: float) -> None:
+        """From now on it may be silent for so long."""
+        with self._changed:
+            self._seconds = seconds
+            self.renew()
+            self._changed.notify()
+
     def _watch(self) -> None:
-        while (left := self._renewed + self._seconds - time.monotonic()) > 0:
-            time.sleep(left)
+        with self._changed:
+            while (left := self._renewed + self._seconds - time.monotonic()) > 0:
+                self._changed.wait(left)
         LOGGER.warning("nobody asked for results for %.0f s: the engine ends", self._seconds)
         try:
             self._end()

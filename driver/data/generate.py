@@ -20,7 +20,6 @@ from shoal.driver.jobs.forms.plain import answer_columns
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.outputs import make_output
-from shoal.driver.replica import EngineLike, Place, StartEngine
 
 _SILENT_S = 20.0  # after which an engine takes it that this actor is no more
 
@@ -47,9 +46,8 @@ class Generate:
         else:
             self._config, self._model = ray.get(made[0])
         self._preparation: Preparation | None = None
-        self._pump = Pump(
-            self._model.starter(self._config.solo_deaths), self._config.solo_deaths, self._config.max_restarts
-        )
+        solo_deaths = self._config.solo_deaths
+        self._pump = Pump(self._model.starter(solo_deaths, _SILENT_S), solo_deaths, self._config.max_restarts)
         self._tools = self._model.tools(self._pump.resolved.max_model_len)
         self._bounds = BoundSet(self._tools)
         self._pump.open(self._tools.binder)
@@ -120,15 +118,3 @@ class Generate:
         if self._config.prompt_column not in table.column_names:  # of conversations: what the template made of them
             columns[self._config.prompt_column] = pa.array([state["prompt"] for state in states], pa.string())
         return with_columns(table.drop_columns([STATE]), columns)
-
-
-def _starter(model: RowModel, solo_deaths: int) -> StartEngine:
-    """Starts engines that do not outlive this actor, whatever ends it."""
-    start = model.starter(solo_deaths)
-
-    def begin(place: Place | None = None) -> EngineLike:
-        engine = start(place)
-        engine.end_when_silent(_SILENT_S)
-        return engine
-
-    return begin

@@ -185,6 +185,7 @@ class Pump:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
+        self._replica.stop()
         for group in {id(group): group for group, _ in self._groups.values()}.values():
             group.future.set_exception(error)
         self._groups.clear()

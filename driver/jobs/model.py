@@ -48,14 +48,15 @@ class RowModel:
 
         return cls(config, *resolve_all(config))
 
-    def starter(self, solo_deaths: int) -> StartEngine:
-        """Starts one engine of it, which ends a row with which alone its ranks died so often."""
+    def starter(self, solo_deaths: int, silence_s: float | None = None) -> StartEngine:
+        """Starts one engine of it, which ends a row with which alone its ranks died so often; see Engine.start."""
 
         def start(place: Place | None = None) -> EngineLike:
             from shoal.driver.engine import Engine
 
             config = self.config.model_copy(update={"max_solo_deaths": solo_deaths})
-            return Engine.start(config, lambda: (self.resolved, self.tokenizer, self.tokenizer_json), False, place)
+            model = (self.resolved, self.tokenizer, self.tokenizer_json)
+            return Engine.start(config, lambda: model, False, place, silence_s)
 
         return start
 

@@ -178,8 +178,8 @@ def install() -> Any:
 class StubModel(RowModel):
     """A model whose engines have stub ranks, in whatever process they are started."""
 
-    def starter(self, solo_deaths):
-        start = super().starter(solo_deaths)
+    def starter(self, solo_deaths, silence_s=None):
+        start = super().starter(solo_deaths, silence_s)
 
         def begin(place=None):
             engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
