@@ -155,8 +155,9 @@ class Driver:
         self._inbox.put(requests)
 
     def end_when_silent(self, seconds: float) -> None:
-        """End everything, this process too, when `collect` is not called for so long. Of detached drivers."""
-        assert self._lease is not None
+        """End everything, this process too, when `collect` is not called for so long."""
+        if self._lease is None:
+            self._lease = Lease(seconds, self.shutdown)
         self._lease.change(seconds)
 
     def collect(self, mark: int, timeout: float) -> Collected:

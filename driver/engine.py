@@ -143,10 +143,12 @@ class Engine:
         if env == _inherited_env:
             env = {}  # every process of this Ray has it already, and Ray starts processes faster without
         # What may need torch to unpack travels as a reference; the driver passes it on to the ranks.
-        processors = [ray.put(tuple(config.logits_processors)), len(config.logits_processors)]
+        custom = tuple(config.logits_processors)
+        processors = [ray.put(custom) if custom else (), len(custom)]
         # The hub's token goes to the ranks in LoadConfig, and nowhere else.
         plain = config.model_copy(update={"hf_overrides": None, "logits_processors": [], "hf_token": None})
-        detached = self._silence_s is not None
+        # A process does not end while an actor that outlives it holds a reference of its own.
+        detached = self._silence_s is not None and not custom
         driver = RemoteDriver.options(
             lifetime="detached" if detached else "non_detached",
             runtime_env={"env_vars": env} if env else None,
