@@ -154,7 +154,7 @@ def test_the_engine_is_kept_full(build, tmp_path, monkeypatch):
     """Slow rows do not hold back others: no batch is waited for. benchmarks/occupancy.py has the full sizes."""
     lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 1600), 4, 200).astype(int).tolist()
     monkeypatch.setenv("SHOAL_STUB_OCCUPANCY", str(tmp_path))
-    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.05")  # tens of seconds: the start of Ray Data's processes counts too
 
     def preprocess(row):
         return {"prompt": "x", "sampling_params": {"max_tokens": lengths[row["n"]]}}
