@@ -61,8 +61,8 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
     import ray
     from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 
-    for name in ("ray.data", "ray.data._internal.progress"):  # they tell of every Dataset; the job has its own display
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for logger in ("ray.data", "ray.data._internal.progress"):  # they tell of every Dataset; a job has its own display
+        logging.getLogger(logger).setLevel(logging.ERROR)
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
