@@ -242,7 +242,7 @@ def test_a_full_disk_pauses_a_job(run, write_rows, monkeypatch):
 
 def test_progress_and_samples(run, write_rows, caplog, monkeypatch):
     caplog.set_level("INFO", "shoal")
-    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.05")
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.2")  # a sample is taken once a second
     ran = run(write_rows(ROWS), progress_s=0.3)
     err = caplog.text
     assert " of 40 rows (" in err
