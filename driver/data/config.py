@@ -51,6 +51,9 @@ class ProcessorConfig(BaseModel):
     """CPUs that a task of preprocessing, templates and tokenizing takes."""
     max_restarts: int = Field(default=12, ge=0)
     """Deaths of an engine in a row, with no row answered in between, after which the pipeline fails."""
+    idle_s: float = Field(default=300.0, gt=0)
+    """Seconds without a row after which an engine gives back its GPUs; it starts again with the next row. Where a later
+    stage fails, Ray Data may keep the engine's actor until the Ray job ends: this is how the GPUs come free."""
     solo_deaths: int = Field(default=3, ge=1)
     """Times an engine must die with a row alone in it before that row gets an error."""
 

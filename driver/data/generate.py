@@ -47,7 +47,8 @@ class Generate:
             self._config, self._model = ray.get(made[0])
         self._preparation: Preparation | None = None
         solo_deaths = self._config.solo_deaths
-        self._pump = Pump(self._model.starter(solo_deaths, _SILENT_S), solo_deaths, self._config.max_restarts)
+        start = self._model.starter(solo_deaths, _SILENT_S)
+        self._pump = Pump(start, solo_deaths, self._config.max_restarts, self._config.idle_s)
         self._tools = self._model.tools(self._pump.resolved.max_model_len)
         self._bounds = BoundSet(self._tools)
         self._pump.open(self._tools.binder)

@@ -1,4 +1,5 @@
-"""Rows of many blocks to one engine, and back as they finish. A dead engine is replaced, its rows run again."""
+"""Rows of many blocks to one engine, and back as they finish. A dead engine is replaced, its rows run again; one that
+nobody uses gives back what it holds, and a new one starts with the next rows."""
 
 from __future__ import annotations
 
@@ -37,9 +38,13 @@ class _Group:
 class Pump:
     """One engine's life in a pipeline. `run` may be called on any thread; one thread decides."""
 
-    def __init__(self, start: StartEngine, solo_deaths: int, max_restarts: int) -> None:
-        """Starts the engine and waits for it; raises why it could not be started."""
-        self._start, self._max_restarts = start, max_restarts
+    def __init__(self, start: StartEngine, solo_deaths: int, max_restarts: int, idle_s: float) -> None:
+        """Starts the engine and waits for it; raises why it could not be started.
+
+        `idle_s`: after so long without rows the engine ends until there are some again.
+        """
+        self._start, self._max_restarts, self._idle_s = start, max_restarts, idle_s
+        self._resting = False
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._dispatcher: Dispatcher[Work] = Dispatcher(solo_deaths)
         self._replica = Replica(0, start, self._inbox)
@@ -72,10 +77,11 @@ class Pump:
         """Ends the engine and gives back what it holds; rows in it are lost. Does not wait for it."""
         self._inbox.put(None)
         self._replica.stop()
-        self._replica.engine.end_when_silent(_END_S)  # should there be no time left to end it in order
+        if self._replica.is_up:
+            self._replica.engine.end_when_silent(_END_S)  # should there be no time left to end it in order
 
     def _run(self) -> None:
-        while (event := self._inbox.get()) is not None:
+        while (event := self._next_event()) is not None:
             try:
                 if not self._take(event):
                     return
@@ -83,6 +89,17 @@ class Pump:
             except Exception as error:  # whatever it is, nobody may wait for ever
                 LOGGER.exception("the pipeline's engine is given up")
                 self._fail(error)
+
+    def _next_event(self) -> Any:
+        while 0 in self._dispatcher.lanes and not self._groups:
+            try:
+                return self._inbox.get(timeout=self._idle_s)
+            except Empty:
+                LOGGER.info("no rows came for %.0f s: the engine ends, and starts again with the next", self._idle_s)
+                self._resting = True
+                self._dispatcher.died(0)  # nothing is in it
+                self._replica.stop()
+        return self._inbox.get()
 
     def _take(self, event: Any) -> bool:
         """Everything that has come in; False where the end is in it."""
@@ -107,8 +124,15 @@ class Pump:
             self._dispatcher.open_lane(0, event.replica.engine.resolved.max_num_seqs)
         else:
             assert isinstance(event, Down)
-            if event.error is not None:
+            if event.error is not None and not self._resting:
                 self._down(event, event.error)
+            self._wake()
+
+    def _wake(self) -> None:
+        """Rows came while the engine rested: a new one starts, once the last one has given back what it held."""
+        if self._resting and self._groups and self._replica.ended is not None:
+            self._resting = False
+            self._replica = Replica(0, self._start, self._inbox)
 
     def _add(self, group: _Group) -> None:
         if self._failure is not None:
@@ -120,6 +144,7 @@ class Pump:
             self._groups[self._next_row] = (group, place)
             self._dispatcher.add(Work(self._next_row, "", b"", b"", row))
             self._next_row += 1
+        self._wake()
 
     def _finished(self, result: FinishedRequest) -> None:
         found = self._sent.pop(result.number, None)

@@ -122,6 +122,18 @@ def test_a_pipeline_that_is_left_alone_ends_its_engine(build):
     assert_gone()
 
 
+def test_a_later_stage_that_fails_ends_the_engine(build):
+    """Ray Data may keep the engine's actor for as long as the Ray job lasts; it gives the engine back by itself."""
+
+    def fails(row):
+        raise RuntimeError("a stage of the user's own")
+
+    dataset = build(lambda row: {"prompt": "x"}, batch_size=4, idle_s=2)(prompts(40)).map(fails)
+    with pytest.raises(Exception, match="a stage of the user's own"):
+        dataset.materialize()
+    assert_gone()
+
+
 def test_what_cannot_be_placed_is_refused(build):
     with pytest.raises(RuntimeError, match=r"needs 65\.02 CPUs: 1 to read, 64 to tokenize .* the Ray cluster has 2"):
         build(prepare_cpus=64)(prompts(1))

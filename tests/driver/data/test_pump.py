@@ -2,6 +2,7 @@
 
 import itertools
 import queue
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,7 @@ def make():
     pumps = []
 
     def start(engines, **limits):
-        pump = Pump(lambda: next(engines), **({"solo_deaths": 3, "max_restarts": 12} | limits))
+        pump = Pump(lambda: next(engines), **({"solo_deaths": 3, "max_restarts": 12, "idle_s": 60.0} | limits))
         pump.open(Binder())
         pumps.append(pump)
         return pump
@@ -104,6 +105,31 @@ def test_a_row_that_kills_gets_its_error_and_no_other(make):
     assert "killed" in bad.message
 
 
+def test_an_engine_without_rows_ends_and_comes_back(make):
+    """One that is used stays, however long; after a rest another takes over, also when rows come as the first ends."""
+    ended = threading.Event()
+    slow = threading.Event()
+
+    class Resting(Engine):
+        def shutdown(self):
+            ended.set()
+            assert slow.wait(20)
+
+    engines = [Resting(held=[0]), Engine()]
+    pump = make(iter(engines), idle_s=0.3)
+    held = pump.run(rows(1))
+    assert not ended.wait(1.0), "it has a row"
+    engines[0].inbox.put(SimpleNamespace(number=0, token_ids=[1]))
+    engines[0].held.clear()
+    assert tokens(held.result(20)) == [[1]]
+    assert ended.wait(20)
+    later = pump.run(rows(2, 3))
+    assert not engines[1].most, "the first has not given back what it holds"
+    slow.set()
+    assert tokens(later.result(20)) == [[2], [3]]
+    assert engines[1].most
+
+
 def test_engines_that_only_die_fail_everything(make):
     pump = make((Engine() for _ in itertools.count()), max_restarts=1, solo_deaths=9)
     waiting = pump.run(rows(13))
@@ -118,4 +144,4 @@ def test_an_engine_that_does_not_start_is_said_at_once():
         raise ValueError("no such model")
 
     with pytest.raises(ValueError, match="no such model"):
-        Pump(start, 3, 12)
+        Pump(start, 3, 12, 60.0)
