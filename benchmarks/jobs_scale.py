@@ -88,8 +88,8 @@ def run_the_job(folder: Path) -> int:
         def portable(self):
             return RowModel(self.config, self.resolved, self.tokenizer, self.tokenizer_json).portable()
 
-        def starter(self, solo_deaths):
-            return lambda: StubClient.start(self.config, lambda: None, False)
+        def starter(self, solo_deaths, silence_s=None):
+            return lambda place=None: StubClient.start(self.config, lambda: None, False, place)
 
     config = make_job(
         {

@@ -29,11 +29,11 @@ WAYS = ("build_processor", "run-batch")
 class TimedModel(RowModel):
     """Says in a file when its engine was ready: a pipeline's start-up is not what is measured."""
 
-    def starter(self, solo_deaths):
-        start, ready = super().starter(solo_deaths), os.environ["SHOAL_ENGINE_READY"]
+    def starter(self, solo_deaths, silence_s=None):
+        start, ready = super().starter(solo_deaths, silence_s), os.environ["SHOAL_ENGINE_READY"]
 
-        def begin():
-            engine = start()
+        def begin(place=None):
+            engine = start(place)
             Path(ready).write_text(str(time.time()))
             return engine
 

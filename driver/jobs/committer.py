@@ -14,6 +14,7 @@ from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.base import Form
 from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
+from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
 from shoal.driver.jobs.state.ledger import Ledger
 from shoal.driver.jobs.work import Settled, Work
@@ -33,15 +34,19 @@ class Recovered:
 
     done: KeyTable = field(default_factory=lambda: KeyTable(with_values=True))  # key: location << 1 | is error
     tries: dict[bytes, Tries] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
 
-def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered:
-    """Reads the ledger; what it says is counted into `accounts`."""
-    found = Recovered()
+def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool, since: int | None) -> Recovered:
+    """Reads the ledger; what it says is counted into `accounts`. `since`: as PrefixFinder takes it."""
+    found, prefix = Recovered(), PrefixFinder(since)
     errors: dict[bytes, tuple[int, str]] = {}
     for record in ledger.records():
         meta = record.meta
         kind = meta["t"]
+        if kind == POSITION:
+            prefix.position(record.epoch, meta)
+            continue
         if kind == "engine":
             accounts.generated[meta["session"]] = meta["generated"]
             continue
@@ -53,9 +58,11 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
         if kind == "ok":
             errors.pop(key, None)
             found.done.add(key, record.location << 1)
+            prefix.settled(record.epoch, meta, record.location << 1)
             accounts.answered(Usage(*meta["usage"]), meta.get("finish_reason"))
         elif kind == "err":
             errors[key] = record.location << 1 | 1, sys.intern(meta["code"])
+            prefix.settled(record.epoch, meta, record.location << 1 | 1)
         elif kind == "try":
             tries = found.tries.setdefault(key, Tries())
             tries.add(meta["alone"], meta.get("ranks", False))
@@ -66,6 +73,7 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool) -> Recovered
     for key, (value, _) in errors.items():
         found.done.add(key, value)
     accounts.found(accounts.ok, dict(errors.values()))
+    found.prefix = prefix.find(keep_errors=not retry_errors)
     return found
 
 
@@ -77,6 +85,7 @@ class Committer:
         self._form, self._accounts, self._commit_rows = form, accounts, commit_rows
         self._synced = time.monotonic()
         self._recorded: dict[str, int] = {}  # tokens that the ledger says an engine has made
+        self._position = Position()  # the last one in the ledger
         self.decoder: TextDecoder | None = None  # known with the model
 
     def settle(self, rows: Iterable[Settled]) -> list[int]:
@@ -90,6 +99,12 @@ class Committer:
                 self._error(row.index, row.row_id, row.key, row.raw, row.fault)
                 new.append(row.index)
         return new
+
+    def reached(self, position: Position) -> None:
+        """The input was read so far."""
+        if position.index > self._position.index:
+            self._position = position
+            self.ledger.append(position.record())
 
     def answer(self, work: Work) -> None:
         """A row whose sequences are all finished."""

@@ -53,14 +53,14 @@ class Feeder:
         needed = False
         try:
             with contextlib.closing(self._intake.scanned()) as scanned:
-                for settled, needy in scanned:
-                    if needy and not needed:
+                for found in scanned:
+                    if found.needy and not needed:
                         needed = True
                         self._inbox.put(NeedEngine())
                     self._allowed.acquire()
                     if self._stopping:
                         return
-                    chunk = self._intake.chunk(settled, needy)
+                    chunk = self._intake.chunk(found)
                     num_rows += chunk.num_rows
                     self._inbox.put(chunk)
         except ValueError as error:  # of the user's; the loop raises it

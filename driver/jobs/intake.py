@@ -5,8 +5,10 @@ Runs in a thread of its own, a few chunks ahead of the engines and no more.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,22 @@ from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.keys import KeyTable, stream_number
 from shoal.driver.jobs.model import ModelTools
 from shoal.driver.jobs.packed import PackedRow, rows_of
+from shoal.driver.jobs.prefix import Position, Prefix
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.jobs.scan import Duplicates, InputRow
 from shoal.driver.jobs.work import Chunk, Settled, Work
 
 CHUNK_ROWS = 256
+_PREFIX_ROWS = 4096  # of a chunk of rows that are not read
+
+
+@dataclass(slots=True)
+class Scanned:
+    """Consecutive rows of the input: those that are settled, and those that need an engine."""
+
+    end: Position  # after them
+    settled: list[Settled] = field(default_factory=list)
+    needy: list[PackedRow] = field(default_factory=list)
 
 
 class Intake:
@@ -35,26 +48,38 @@ class Intake:
         done: KeyTable,
         tries: dict[bytes, Tries],
         tools: Future[ModelTools],
+        prefix: Prefix | None = None,
     ) -> None:
-        """`tables`: begins the pipeline. `names`: of the input files.
+        """`tables`: begins the pipeline, after the rows of `prefix`. `names`: of the input files.
 
         `done`: location in the ledger of rows that need nothing; `tries`: of rows that were in an engine that died.
         `tools` is waited for when the first row comes that needs an engine, not before.
         """
         self._tables, self._names, self._duplicates = tables, names, duplicates
-        self._done, self._tries, self._tools = done, tries, tools
+        self._done, self._tries, self._tools, self._prefix = done, tries, tools, prefix
         self._bounds: BoundSet | None = None
 
-    def scanned(self) -> Generator[tuple[list[Settled], list[PackedRow]], None, None]:
-        """For each chunk: what is settled, and the rows that need an engine."""
-        index = 0
+    def scanned(self) -> Generator[Scanned, None, None]:
+        """Chunks, one after the other."""
+        index = 0 if self._prefix is None else self._prefix.end.index
+        yield from self._scanned_before()
         for table in self._tables():
             for start in range(0, table.num_rows, CHUNK_ROWS):
                 rows = rows_of(table.slice(start, CHUNK_ROWS), index, self._names)
                 index += len(rows)
                 yield self._sort(rows)
 
-    def _sort(self, packed: list[PackedRow]) -> tuple[list[Settled], list[PackedRow]]:
+    def _scanned_before(self) -> Iterator[Scanned]:
+        prefix, self._prefix = self._prefix, None  # it may be large
+        if prefix is None:
+            return
+        for start in range(0, len(prefix.values), _PREFIX_ROWS):
+            found = prefix.values[start : start + _PREFIX_ROWS].tolist()
+            end = prefix.end if start + len(found) == prefix.end.index else Position()
+            yield Scanned(end, list(map(Settled, itertools.count(start), found)))
+
+    def _sort(self, packed: list[PackedRow]) -> Scanned:
+        last = packed[-1]
         rows = [one.row for one in packed]
         self._duplicates.mark(rows)
         settled: list[Settled] = []
@@ -66,17 +91,17 @@ class Intake:
                 settled.append(_failed(one.row, one.row.fault))
             else:
                 needy.append(one)
-        return settled, needy
+        return Scanned(Position(last.row.index + 1, last.file, last.row.line, last.end), settled, needy)
 
-    def chunk(self, settled: list[Settled], needy: list[PackedRow]) -> Chunk:
+    def chunk(self, scanned: Scanned) -> Chunk:
         """The chunk, its rows ready for an engine. Waits for the model where any row needs it."""
-        result = Chunk(len(settled) + len(needy), settled=settled)
-        if not needy:
+        result = Chunk(len(scanned.settled) + len(scanned.needy), scanned.end, settled=scanned.settled)
+        if not scanned.needy:
             return result
         tools = self._tools.result()
         if self._bounds is None:
             self._bounds = BoundSet(tools)
-        for one in needy:
+        for one in scanned.needy:
             assert one.token_ids is not None, "a row that is not done and has no fault was made ready"
             assert one.sampling is not None
             row, ids = one.row, np.frombuffer(one.token_ids, np.int32).tolist()

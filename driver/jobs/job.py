@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.driver.jobs.accounts import Accounts
 from shoal.driver.jobs.committer import Committer, recover
 from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.cycles import rare_search
 from shoal.driver.jobs.display import Display
 from shoal.driver.jobs.events import Hooks
 from shoal.driver.jobs.files import find_inputs
@@ -24,6 +26,7 @@ from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.pipeline import Recipe, prepared_tables
+from shoal.driver.jobs.prefix import Position, versions
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
 from shoal.driver.jobs.runner import Runner
@@ -137,7 +140,7 @@ class Job:
         self._accounts.total_rows = self._validate() if rows is None else rows
         if self._stop.asked:
             return self._cancel()
-        self._store.put(JOB_FILE, json.dumps({"identity": self._identity, "rows": self._accounts.total_rows}).encode())
+        self._since = self._describe(earlier)
         self._status.enter(Status.IN_PROGRESS)
         if not self._work(same_job=earlier is not None):
             return self._cancel()
@@ -150,6 +153,15 @@ class Job:
         LOGGER.info("completed: %d rows answered, %d errors; %s", accounts.ok, accounts.errors, self._config.output)
         self._report()
         return Exit.COMPLETED
+
+    def _describe(self, earlier: dict[str, Any] | None) -> int:
+        """Says what the job is; the epoch from which on the ledger is about the input files as they are now."""
+        now, epoch = versions(self._files), self._ledger.epoch
+        if earlier is not None and earlier.get("versions") == now:
+            epoch = earlier["epoch"]
+        description = {"identity": self._identity, "rows": self._accounts.total_rows, "versions": now, "epoch": epoch}
+        self._store.put(JOB_FILE, json.dumps(description).encode())
+        return epoch
 
     def _compare(self) -> dict[str, Any] | None:
         """What an earlier run left, where its rows can be kept. JobError where it was another job."""
@@ -200,7 +212,7 @@ class Job:
 
         config = self._config
         with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
-            reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors)
+            reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors, self._since)
             hold_ray(config.engine.address)
             recovered = reading.result()
         self._stop.listen()  # Ray takes SIGTERM for itself
@@ -208,7 +220,12 @@ class Job:
             self._accounts.found(0, {})
         self._accounts.mark_durable()
         if len(recovered.done):
-            LOGGER.info("going on from an earlier run, which settled %d rows", len(recovered.done))
+            unread = 0 if recovered.prefix is None else recovered.prefix.end.index
+            LOGGER.info(
+                "going on from an earlier run, which settled %d rows; the first %d are not read again",
+                len(recovered.done),
+                unread,
+            )
         tools: Future[ModelTools] = Future()
         if not config.engine.disable_log_stats:
             self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
@@ -217,10 +234,19 @@ class Job:
         if template is not None:
             template = read_template("prompt_template", template, config.engine.allowed_local_path)
         plain = config.model_copy(update={"engine": model.config, "prompt_template": template})
-        recipe = Recipe(plain, self._form_name, self._files, salt(self._identity), model, recovered.done.keys_only())
-        names = [file.name for file in self._files]
+        prefix, recovered.prefix = recovered.prefix, None
+        recipe = Recipe(
+            plain, self._form_name, self._files, salt(self._identity), model, recovered.done.keys_only(),
+            Position() if prefix is None else prefix.end,
+        )  # fmt: skip
         intake = Intake(
-            lambda: prepared_tables(recipe), names, Duplicates(self._keys), recovered.done, recovered.tries, tools
+            lambda: prepared_tables(recipe),
+            [file.name for file in self._files],
+            Duplicates(self._keys, None if prefix is None else prefix.ids),
+            recovered.done,
+            recovered.tries,
+            tools,
+            prefix,
         )
         places = partial(find_places, config.engine)
         start = self._model.starter(config.solo_deaths)
@@ -230,7 +256,8 @@ class Job:
         try:
             if known is not None and known - self._num_faults > len(recovered.done):
                 self._runner.start_engines()  # there is work for them, however far in the input
-            self._runner.run()
+            with rare_search():
+                self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))
             release_ray()
@@ -239,6 +266,7 @@ class Job:
 
     def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
         tools = self._model.tools(resolved.max_model_len)
+        gc.freeze()  # what Ray Data's import has brought meanwhile
         self._committer.decoder = tools.decoder
         return tools
 

@@ -84,6 +84,14 @@ class KeyTable:
         self._pending: dict[bytes, int] = {}
         self._runs: list[_Run] = []
 
+    @classmethod
+    def of(cls, keys: bytes) -> KeyTable:
+        """A table of many keys at once, without values."""
+        table = cls(with_values=False)
+        if keys:
+            table._runs = [_sorted(*_split([keys]), None)]
+        return table
+
     def __len__(self) -> int:
         return len(self._pending) + sum(map(len, self._runs))
 

@@ -16,7 +16,15 @@ from shoal.driver.jobs.prepare import Ready
 from shoal.driver.jobs.scan import InputRow
 from shoal.driver.jobs.sources.registry import SourceRow
 
-LINES = pa.schema([("file", pa.int32()), ("line", pa.int64()), ("raw", pa.large_binary()), ("fault", pa.binary())])
+LINES = pa.schema(
+    [
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+        ("end", pa.int64()),
+        ("raw", pa.large_binary()),
+        ("fault", pa.binary()),
+    ]
+)
 ROWS = pa.schema(
     [
         *LINES,
@@ -34,6 +42,8 @@ class PackedRow:
     """A row of the input on its way from a task to the job."""
 
     row: InputRow
+    file: int  # its number
+    end: int  # as a SourceRow has it
     token_ids: bytes | None
     sampling: bytes | None
 
@@ -43,6 +53,7 @@ def pack_lines(file: int, sources: Sequence[SourceRow]) -> Any:
     columns = [
         pa.array(np.full(len(sources), file, np.int32)),
         [source.line for source in sources],
+        [source.end for source in sources],
         [source.raw for source in sources],
         [_dump(source.fault) for source in sources],
     ]
@@ -51,16 +62,16 @@ def pack_lines(file: int, sources: Sequence[SourceRow]) -> Any:
 
 def lines_of(table: Any) -> Iterator[tuple[int, SourceRow]]:
     """File number and row, one by one."""
-    files, lines, raws, faults = (table[name].to_pylist() for name in LINES.names)
-    for file, line, raw, fault in zip(files, lines, raws, faults, strict=True):
-        yield file, SourceRow(line, raw, _load(fault))
+    for file, line, end, raw, fault in zip(*(table[name].to_pylist() for name in LINES.names), strict=True):
+        yield file, SourceRow(line, raw, _load(fault), end)
 
 
-def pack_rows(files: Any, rows: Sequence[InputRow], ready: Sequence[Ready | None]) -> Any:
-    """A ROWS table. `files`: the number of each row's file."""
+def pack_rows(lines: Any, rows: Sequence[InputRow], ready: Sequence[Ready | None]) -> Any:
+    """A ROWS table. `lines`: the LINES table of the same rows."""
     columns = [
-        files,
-        [row.line for row in rows],
+        lines["file"],
+        lines["line"],
+        lines["end"],
         [row.raw for row in rows],
         [_dump(row.fault) for row in rows],
         [row.row_id.encode("utf-8", "surrogatepass") for row in rows],
@@ -76,10 +87,12 @@ def rows_of(table: Any, first_index: int, names: Sequence[str]) -> list[PackedRo
     """Rows again, numbered from `first_index`. `names`: of all files."""
     found = []
     columns = [table[name].to_pylist() for name in ROWS.names]
-    for offset, (file, line, raw, fault, row_id, id_hash, key, ids, sampling) in enumerate(zip(*columns, strict=True)):
+    for index, (file, line, end, raw, fault, row_id, id_hash, key, ids, sampling) in enumerate(
+        zip(*columns, strict=True), first_index
+    ):
         text = row_id.decode("utf-8", "surrogatepass")
-        row = InputRow(first_index + offset, names[file], line, raw, text, id_hash, key, _load(fault))
-        found.append(PackedRow(row, ids, sampling))
+        row = InputRow(index, names[file], line, raw, text, id_hash, key, _load(fault))
+        found.append(PackedRow(row, file, end, ids, sampling))
     return found
 
 

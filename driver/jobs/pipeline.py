@@ -6,6 +6,7 @@ What comes out goes to the job, which alone numbers rows, knows which are done a
 
 from __future__ import annotations
 
+import gc
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,10 @@ from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.keys import KeyTable, RowKeys
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.packed import lines_of, pack_lines, pack_rows
+from shoal.driver.jobs.prefix import Position
 from shoal.driver.jobs.prepare import Ready, RowPreparer
 from shoal.driver.jobs.scan import RowReader
-from shoal.driver.jobs.sources.registry import read_rows
+from shoal.driver.jobs.sources.registry import BEGINNING, Start, read_rows
 from shoal.driver.placement import PlacementError
 
 READ_CPUS, PREPARE_CPUS = 0.25, 0.5
@@ -41,6 +43,7 @@ class Recipe:
     salt: bytes
     model: RowModel
     done: KeyTable  # keys of rows that need nothing
+    start: Position  # where reading begins
 
 
 def prepared_tables(recipe: Recipe) -> Iterator[Any]:
@@ -71,13 +74,13 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_STORE_BYTES)
     limit = recipe.config.max_line_bytes
     with DataContext.current(context):
-        count = len(recipe.files)
+        count = len(recipe.files) - recipe.start.file
         lines = ray.data.range(count, override_num_blocks=count).map_batches(
             _read,
             batch_size=1,
             num_cpus=READ_CPUS,
             compute=TaskPoolStrategy(),
-            fn_kwargs={"files": recipe.files, "limit": limit},
+            fn_kwargs={"files": recipe.files, "limit": limit, "start": recipe.start},
         )
         return lines.map_batches(
             _prepare,
@@ -89,10 +92,11 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
         )
 
 
-def _read(batch: dict[str, Any], files: Sequence[InputFile], limit: int) -> Iterator[Any]:
-    (number,) = batch["id"].tolist()
+def _read(batch: dict[str, Any], files: Sequence[InputFile], limit: int, start: Position) -> Iterator[Any]:
+    (place,) = batch["id"].tolist()
+    number = start.file + place
     sources = []
-    for source in read_rows(files[number], limit):
+    for source in read_rows(files[number], limit, BEGINNING if place else Start(start.line, start.offset)):
         sources.append(source)
         if len(sources) == _READ_ROWS:
             yield pack_lines(number, sources)
@@ -106,6 +110,7 @@ def _prepare(table: Any, name: str, reference: list[Any]) -> Any:
 
         _kept.clear()
         _kept[name] = _Stage(ray.get(reference[0]))
+        gc.freeze()  # imports and tokenizer stay: no search for cycles need look through them again
     stage: _Stage = _kept[name]
     return stage.run(table)
 
@@ -145,7 +150,7 @@ class _Stage:
                 rows[place].fault = found
             else:
                 ready[place] = found
-        return pack_rows(table["file"], rows, ready)
+        return pack_rows(table, rows, ready)
 
 
 def _check_cpus() -> None:

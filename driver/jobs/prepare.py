@@ -59,6 +59,7 @@ class RowPreparer:
         """`sampling_params`: of all rows, under their own. `only_model`: rows that name another one are refused."""
         self._tools, self._only_model = tools, only_model
         self._sampling = {**tools.default_sampling, **sampling_params}
+        self._common = ""  # the name of the parameters of rows that bring none
         self._chat_kwargs = chat_template_kwargs
         self._bounds = BoundSet(tools)
         self._renderers: OrderedDict[str, ChatRenderer] = OrderedDict()
@@ -88,10 +89,13 @@ class RowPreparer:
         if self._only_model is not None and request.model not in (None, self._only_model):
             message = f"the row asks for the model {request.model!r}, the job runs {self._only_model!r}"
             raise RowError("model_mismatch", "parameters", message)
-        merged = {**request.fallback, **self._sampling, **request.sampling}
         try:
-            sampling = json.dumps(merged, sort_keys=True)
+            own = request.fallback or request.sampling
+            sampling = self._common
+            if own or not sampling:
+                sampling = json.dumps({**request.fallback, **self._sampling, **request.sampling}, sort_keys=True)
             self._bounds.find(sampling)
+            self._common = self._common if own else sampling
         except (TypeError, ValueError, OverflowError) as error:
             raise RowError("invalid_parameter", "parameters", str(error)) from None
         chat = request.messages is not None

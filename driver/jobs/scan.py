@@ -67,9 +67,10 @@ class RowReader:
 class Duplicates:
     """Finds ids that were there before. It must meet every row once, in order."""
 
-    def __init__(self, keys: RowKeys) -> None:
+    def __init__(self, keys: RowKeys, ids: KeyTable | None = None) -> None:
+        """`ids`: hashes of ids that were there before the first row it meets."""
         self._keys = keys
-        self._ids = KeyTable(with_values=False)
+        self._ids = KeyTable(with_values=False) if ids is None else ids
 
     def mark(self, rows: Sequence[InputRow]) -> None:
         """Gives rows whose id was there before their fault, and an id and a key by their place."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from shoal.driver.binding import Row
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.prefix import Position
 from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
 
@@ -66,5 +67,6 @@ class Chunk:
     """Consecutive rows of the input, each in one of two states."""
 
     num_rows: int
+    end: Position  # after its rows
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import tempfile
 import threading
@@ -97,20 +98,29 @@ def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     assert len(done) == len(set(done)) == 499, "no answer was committed twice"
 
 
-def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, tmp_path):
+def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, capsys):
     """Clause 2."""
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(200)]
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "note": "x" * 250} for i in range(800)]
     source = write_rows(rows)
-    ran = start(source)
-    ran.wait_for(100)
+    ran = start(source, engine={"max_num_seqs": 32})
+    ran.wait_for(400)
     ran.process.kill()
     ran.process.wait()
     done = {meta["id"] for meta in ran.records("ok")}
-    again = run(source)
+    capsys.readouterr()
+    again = run(source, engine={"max_num_seqs": 32})
     assert again.code == Exit.COMPLETED
     assert ids(again.rows()) == ids(rows)
-    assert again.report()["rows"]["resumed"] == len(done) >= 100
-    assert len(again.records("ok")) == 200, "nothing that was committed was computed again"
+    assert again.report()["rows"]["resumed"] == len(done) >= 400
+    assert len(again.records("ok")) == 800, "nothing that was committed was computed again"
+    unread = re.search(r"settled (\d+) rows; the first (\d+) are not read again", capsys.readouterr().err)
+    assert 0 < int(unread[2]) <= int(unread[1]) == len(done)
+    # A row that changed where nothing shows it, neither size nor the file's ends: all are read again, and it is found.
+    rows[410]["note"] = "y" * 250
+    changed = run(write_rows(rows), engine={"max_num_seqs": 32})
+    assert changed.code == Exit.COMPLETED
+    assert changed.rows()[410]["note"] == "y" * 250
+    assert changed.report()["rows"]["resumed"] == 799
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

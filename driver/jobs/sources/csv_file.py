@@ -10,11 +10,15 @@ from typing import Any
 
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.files import InputFile
-from shoal.driver.jobs.sources.registry import SourceRow
+from shoal.driver.jobs.sources.registry import SourceRow, Start
 
 
-def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
-    """Rows of a CSV file; blank lines are no rows."""
+def read_rows(file: InputFile, max_line_bytes: int, start: Start) -> Iterator[SourceRow]:
+    """Rows of a CSV file; blank lines are no rows. It is always read from its header on."""
+    return (row for row in _all_rows(file, max_line_bytes) if row.line > start.line)
+
+
+def _all_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
     csv.field_size_limit(max_line_bytes)
     with file.open() as opened:
         # Bytes that are not UTF-8 survive as surrogates, so that only their own row is at fault.

@@ -10,12 +10,12 @@ from typing import Any
 
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.files import InputFile
-from shoal.driver.jobs.sources.registry import SourceRow
+from shoal.driver.jobs.sources.registry import SourceRow, Start
 
 _BATCH_ROWS = 256
 
 
-def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
+def read_rows(file: InputFile, max_line_bytes: int, start: Start) -> Iterator[SourceRow]:
     """Rows of a Parquet file; values that JSON does not have (times, decimals) become text."""
     import pyarrow.parquet
 
@@ -26,7 +26,9 @@ def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
             raise ValueError(f"{file.name} is not a Parquet file: {error}") from None
         number = 0
         for batch in table.iter_batches(_BATCH_ROWS):
-            for columns in batch.to_pylist():
+            skipped = min(batch.num_rows, max(0, start.line - number))
+            number += skipped
+            for columns in batch.slice(skipped).to_pylist():
                 number += 1
                 yield _row(number, columns)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+
+import orjson
 
 from shoal.driver.jobs.faults import Fault, RowError
 from shoal.driver.jobs.files import InputFile
@@ -25,12 +28,25 @@ class SourceRow:
     line: int  # in its file, from 1: the line where it starts, or the row of a Parquet file
     raw: bytes
     fault: Fault | None = None  # it could not be read at all
+    end: int = 0  # bytes of its file up to its end, where the format can be read from there; else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where in a file reading begins: after the row of a line, which ended at a byte. Both are of a SourceRow."""
+
+    line: int = 0
+    offset: int = 0
+
+
+BEGINNING = Start()
+_DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"0" * 9), b"0" * 19
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """The columns of a row. RowError where its bytes are no JSON object."""
+    """The columns of a row, as the standard library reads them. RowError where its bytes are no JSON object."""
     try:
-        found = json.loads(raw.decode("utf-8"))
+        found = _load(raw)
     except UnicodeDecodeError as error:
         message = f"byte {error.start + 1} of the line is not UTF-8 ({error.reason})"
         raise RowError("invalid_utf8", "read", message) from None
@@ -42,6 +58,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return found
 
 
+def _load(raw: bytes) -> Any:
+    if _LONG_NUMBER not in raw.translate(_DIGITS):  # orjson makes a float of a whole number beyond 64 bits
+        with contextlib.suppress(orjson.JSONDecodeError):  # the standard library says better why, or takes it: NaN
+            return orjson.loads(raw)
+    return json.loads(raw.decode("utf-8"))
+
+
 def columns_of(raw: bytes) -> dict[str, Any] | None:
     """The columns of a row, None where it has none: the output shows what can be shown of a row in error."""
     try:
@@ -50,8 +73,8 @@ def columns_of(raw: bytes) -> dict[str, Any] | None:
         return None
 
 
-def read_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
-    """All rows of a file, in order; what cannot be read comes as a row with its fault."""
+def read_rows(file: InputFile, max_line_bytes: int, start: Start = BEGINNING) -> Iterator[SourceRow]:
+    """Rows of a file from a place on, in order; what cannot be read comes as a row with its fault."""
     module, name = SOURCES[file.format].split(":")
-    reader: Callable[[InputFile, int], Iterator[SourceRow]] = getattr(import_module(module), name)
-    return reader(file, max_line_bytes)
+    reader: Callable[[InputFile, int, Start], Iterator[SourceRow]] = getattr(import_module(module), name)
+    return reader(file, max_line_bytes, start)

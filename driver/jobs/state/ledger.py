@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.driver.jobs.json_text import dump, load
-from shoal.driver.jobs.state.store import StateStore, seal_name
+from shoal.driver.jobs.state.store import StateStore, epoch_of, seal_name
 
 TERMINAL = ("ok", "err")
 _OFFSET_BITS = 40
@@ -34,6 +34,7 @@ class Record:
 
     meta: dict[str, Any]
     location: int
+    epoch: int
 
 
 class Ledger:
@@ -59,11 +60,12 @@ class Ledger:
     def records(self) -> Iterator[Record]:
         """All records of the epochs before this one."""
         for name, size in self._sealed.items():
-            base = self._places[name] << _OFFSET_BITS
+            base, epoch = self._places[name] << _OFFSET_BITS, epoch_of(name)
+            assert epoch is not None
             for offset, line in _lines(self._store, name, size):
                 meta = _meta(line)
                 if meta is not None:
-                    yield Record(meta, base | offset)
+                    yield Record(meta, base | offset, epoch)
 
     def append(self, meta: dict[str, Any], row: bytes = b"") -> int:
         """Takes a record, which is durable after `sync`; its location. `meta` begins with its type, "t"."""

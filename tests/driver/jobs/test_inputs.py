@@ -9,10 +9,37 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shoal.driver.jobs.faults import RowError
 from shoal.driver.jobs.files import find_inputs
+from shoal.driver.jobs.sources.registry import Start, parse_object, read_rows
 
 GOOD = [{"id": str(i), "prompt": f"p{i}"} for i in range(5)]
+
+
+NUMBERS = st.integers() | st.integers(10**17, 10**20) | st.floats(allow_nan=True, allow_infinity=True)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4), st.booleans(), st.integers(0, 200), st.binary(max_size=2))
+def test_objects_are_read_as_the_standard_library_reads_them(columns, ascii_only, place, dirt):
+    text = json.dumps(columns, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    for raw in (text, text[:place] + dirt + text[place:]):
+        try:
+            expected = json.loads(raw.decode("utf-8"))
+        except ValueError:
+            expected = None
+        if not isinstance(expected, dict):
+            with pytest.raises(RowError):
+                parse_object(raw)
+        else:
+            assert repr(parse_object(raw)) == repr(expected)
 
 
 def faults(rows):
@@ -165,3 +192,31 @@ def test_reading_is_lazy_and_quick(tmp_path, reader):
     started = time.perf_counter()
     assert found.validate().num_rows == 50_000
     assert time.perf_counter() - started < 5  # 0.3 s alone on its machine
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.csv", "in.parquet"])
+def test_reading_from_any_row_on(write, tmp_path, name):
+    """Every row says where it ends; from there on come the rows after it, with their own lines."""
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(600)]}), path)
+    elif name.endswith("csv"):
+        path.write_text("id,prompt\n" + "".join(f'{i},"p{i}\nover lines"\n' for i in range(20)) + "\n7\n8,last")
+    else:
+        lines = [
+            b"\xef\xbb\xbf" + b'{"a": 1}',
+            b"",
+            b"   ",
+            b"x" * 300,
+            b"{}",
+            b"\r",
+            b'{"b": "' + b"y" * 2000 + b'"}',
+            b"{}",
+        ]
+        data = b"\n".join(lines)
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (file,) = find_inputs([str(path)], "auto")
+    rows = list(read_rows(file, 200))
+    assert len(rows) > 5
+    for place in range(0, len(rows), 1 if len(rows) < 100 else 77):
+        assert list(read_rows(file, 200, Start(rows[place].line, rows[place].end))) == rows[place + 1 :]

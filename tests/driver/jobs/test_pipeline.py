@@ -9,10 +9,11 @@ import pytest
 
 from shoal.driver.jobs import pipeline
 from shoal.driver.jobs.intake import Intake
-from shoal.driver.jobs.keys import KeyTable, RowKeys
+from shoal.driver.jobs.keys import KeyTable, RowKeys, id_hash
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.packed import lines_of
 from shoal.driver.jobs.pipeline import Recipe, prepared_tables
+from shoal.driver.jobs.prefix import Position, Prefix
 from shoal.driver.jobs.scan import Duplicates
 from shoal.driver.jobs.work import Tries
 
@@ -42,22 +43,26 @@ def _engine(folder):
 class Stages:
     """Both stages and the intake of one job, in this process."""
 
-    def __init__(self, reader, model, done=None, tries=None):
+    def __init__(self, reader, model, done=None, tries=None, prefix=None):
         self.keys = RowKeys(b"salt")
         self.done = done or KeyTable(with_values=True)
-        recipe = Recipe(reader.config, reader.form_name, reader.files, b"salt", model.portable(), self.done.keys_only())
+        start, files = Position() if prefix is None else prefix.end, reader.files
+        recipe = Recipe(
+            reader.config, reader.form_name, files, b"salt", model.portable(), self.done.keys_only(), start
+        )  # fmt: skip
         self.stage = pipeline._Stage(recipe)
         self.tables = []
-        for number in range(len(reader.files)):
-            tables = pipeline._read({"id": np.array([number])}, reader.files, 1000)
+        for number in range(len(files) - start.file):
+            tables = pipeline._read({"id": np.array([number])}, files, 1000, start)
             self.tables += [self.stage.run(table) for table in tables]
         tools = Future()
         tools.set_result(model.tools(128))
-        names = [file.name for file in reader.files]
-        self.intake = Intake(lambda: iter(self.tables), names, Duplicates(self.keys), self.done, tries or {}, tools)
+        names = [file.name for file in files]
+        duplicates = Duplicates(self.keys, None if prefix is None else prefix.ids)
+        self.intake = Intake(lambda: iter(self.tables), names, duplicates, self.done, tries or {}, tools, prefix)
 
     def chunks(self):
-        return [self.intake.chunk(*found) for found in self.intake.scanned()]
+        return [self.intake.chunk(found) for found in self.intake.scanned()]
 
 
 def test_rows_arrive_as_they_stand(write, reader, model):
@@ -104,6 +109,27 @@ def test_many_rows_keep_their_numbers(write, reader, model):
     assert max(chunk.num_rows for chunk in chunks) <= 256
 
 
+def test_a_prefix_is_not_read_again(write, reader, model):
+    """What comes after it is as if all had been read: numbers, ids that were there before, the files after its own."""
+    rows = [{"id": str(i), "prompt": f"p {i}"} for i in range(900)]
+    rows[800]["id"] = "7"
+    source = reader([write("a.jsonl", rows[:300]), write("b.jsonl", rows[300:600]), write("c.jsonl", rows[600:])])
+    whole = Stages(source, model).chunks()
+    for cut in range(len(whole)):
+        end = whole[cut].end
+        ids = KeyTable.of(b"".join(id_hash(str(i)) for i in range(end.index)))
+        part = Stages(source, model, prefix=Prefix(end, np.arange(end.index) << 1, ids))
+        assert sum(table.num_rows for table in part.tables) == 900 - end.index
+        settled, *rest = part.chunks()
+        assert [(row.index, row.location) for row in settled.settled] == [(i, i << 1) for i in range(end.index)]
+        assert settled.end == end
+        expected = [(work.index, work.key) for chunk in whole[cut + 1 :] for work in chunk.work]
+        assert [(work.index, work.key) for chunk in rest for work in chunk.work] == expected
+        if end.index <= 800:
+            (fault,) = (row for chunk in rest for row in chunk.settled)
+            assert (fault.index, fault.fault.code) == (800, "duplicate_id")
+
+
 def test_an_engine_that_takes_less_than_the_model(write, reader, model):
     stages = Stages(reader(write("in.jsonl", [{"prompt": "x" * 60}, {"prompt": "y"}])), model)
     tools = Future()
@@ -124,4 +150,4 @@ def test_input_in_this_process_alone_is_refused(model, monkeypatch):
     file = SimpleNamespace(name="m.jsonl", filesystem=SimpleNamespace(protocol=("memory",)))
     monkeypatch.setattr(pipeline, "_check_cpus", lambda: None)
     with pytest.raises(ValueError, match=r"m\.jsonl' is in the memory of this process"):
-        next(prepared_tables(Recipe(None, "rows", [file], b"", model, KeyTable(with_values=False))))
+        next(prepared_tables(Recipe(None, "rows", [file], b"", model, KeyTable(with_values=False), Position())))
