@@ -98,7 +98,7 @@ def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     assert len(done) == len(set(done)) == 499, "no answer was committed twice"
 
 
-def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, capsys):
+def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, caplog):
     """Clause 2."""
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "note": "x" * 250} for i in range(800)]
     source = write_rows(rows)
@@ -107,13 +107,13 @@ def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_row
     ran.process.kill()
     ran.process.wait()
     done = {meta["id"] for meta in ran.records("ok")}
-    capsys.readouterr()
+    caplog.set_level("INFO", "shoal")
     again = run(source, engine={"max_num_seqs": 32})
     assert again.code == Exit.COMPLETED
     assert ids(again.rows()) == ids(rows)
     assert again.report()["rows"]["resumed"] == len(done) >= 400
     assert len(again.records("ok")) == 800, "nothing that was committed was computed again"
-    unread = re.search(r"settled (\d+) rows; the first (\d+) are not read again", capsys.readouterr().err)
+    unread = re.search(r"settled (\d+) rows; the first (\d+) are not read again", caplog.text)
     assert 0 < int(unread[2]) <= int(unread[1]) == len(done)
     # A row that changed where nothing shows it, neither size nor the file's ends: all are read again, and it is found.
     rows[410]["note"] = "y" * 250
