@@ -208,14 +208,14 @@ def measure(folder: Path, command: list[str], rows: int) -> None:
 
 
 def print_growth(watch: Watch, rows: int) -> None:
-    """How far each process got above what it held when a tenth of the rows was settled; one that Ray started later,
-    above what those of its name held then."""
+    """How far each process got above what it held when a tenth of the rows was settled; one that Ray had just started
+    or started later, above what those of its name held then."""
     start = next(i for i, (_, settled, _) in enumerate(watch.samples) if settled >= rows / 10)
     base, later = watch.samples[start][2], watch.samples[start:]
     kinds: dict[str, int] = {}
     for pid, size in base.items():
         kinds[watch.names[pid]] = max(kinds.get(watch.names[pid], 0), size)
-    base = {pid: kinds.get(name, 0) for pid, name in watch.names.items()} | base
+    base = {pid: max(base.get(pid, 0), kinds.get(name, 0)) for pid, name in watch.names.items()}
     allowed = BYTES_A_ROW * rows * 0.9 + BYTES_MORE
     grown = {pid: max(s[2].get(pid, 0) for s in later) - base.get(pid, 0) for s in later for pid in s[2]}
     print(f"  private memory after the first tenth (allowed: {allowed / 1e6:.0f} MB):")

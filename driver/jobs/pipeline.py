@@ -50,17 +50,19 @@ def prepared_tables(recipe: Recipe) -> Iterator[Any]:
     """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised."""
     import ray
 
-    _check_cpus()
+    total = _check_cpus()
     for file in recipe.files:
         if "memory" in (file.filesystem.protocol, *file.filesystem.protocol):
             raise ValueError(f"input {file.name!r} is in the memory of this process, where tasks cannot read it")
     name = uuid.uuid4().hex
     reference = ray.put(recipe)  # unpacked once in each process, not once for each task
-    dataset = _dataset(recipe, name, [reference])
+    dataset = _dataset(recipe, name, [reference], max(1, int(total / 2)))
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
-def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
+def _dataset(recipe: Recipe, name: str, reference: list[Any], at_once: int) -> Any:
+    """`at_once`: tasks that prepare. Each has a process that begins with seconds of imports, and the job, which has a
+    core of its own, takes what two or three of them make: more would only take turns."""
     import ray
     from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 
@@ -87,7 +89,7 @@ def _dataset(recipe: Recipe, name: str, reference: list[Any]) -> Any:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=PREPARE_CPUS,
-            compute=TaskPoolStrategy(),
+            compute=TaskPoolStrategy(size=at_once),
             fn_kwargs={"name": name, "reference": reference},
         )
 
@@ -153,11 +155,13 @@ class _Stage:
         return pack_rows(table, rows, ready)
 
 
-def _check_cpus() -> None:
+def _check_cpus() -> float:
+    """The CPUs that there are."""
     import ray
 
-    total = ray.cluster_resources().get("CPU", 0.0)
+    total = float(ray.cluster_resources().get("CPU", 0.0))
     if total < READ_CPUS + PREPARE_CPUS:
         raise PlacementError(
             f"reading and tokenizing need {READ_CPUS} + {PREPARE_CPUS} CPUs; the Ray cluster has {total:g} in all"
         )
+    return total
