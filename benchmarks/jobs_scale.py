@@ -2,6 +2,7 @@
 
     python benchmarks/jobs_scale.py                   # rows/s, growth of each process's private memory, bytes spilled
     python benchmarks/jobs_scale.py --resume          # kills the job at half of its rows: how soon the next one works
+    python benchmarks/jobs_scale.py --resume --cluster    # the same on a Ray that runs already
     python benchmarks/jobs_scale.py --rows 100000 --profile scale.svg    # with py-spy
 
 The job is `shoal run-batch` as it is, on a local Ray of its own. Its engine is a Ray actor that answers each request
@@ -265,10 +266,25 @@ def resume(folder: Path, command: list[str], rows: int) -> None:
     print(f"  it ended with all {rows} rows once, {report['rows']['resumed']} of them from the first run")
 
 
+@contextlib.contextmanager
+def running_ray():
+    """A Ray with two CPUs, which the job joins by RAY_ADDRESS."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    os.environ["RAY_ADDRESS"] = cluster.address
+    time.sleep(10)  # its own start is over
+    try:
+        yield
+    finally:
+        cluster.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--resume", action="store_true", help="kill at half, and time the next run's start")
+    parser.add_argument("--cluster", action="store_true", help="join a Ray that runs, and start none of its own")
     parser.add_argument("--profile", metavar="FILE", help="py-spy's record of the job's process")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -295,7 +311,8 @@ def main() -> None:
                 "--",
                 *command,
             ]
-        (resume if args.resume else measure)(folder, command, args.rows)
+        with running_ray() if args.cluster else contextlib.nullcontext():
+            (resume if args.resume else measure)(folder, command, args.rows)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 _RATE_WINDOW_S = 60.0
 _FINE_BITS = 6
@@ -79,6 +82,21 @@ class Accounts:
         self.finish_reasons[finish_reason or "unknown"] += 1
         self.prompt_lengths[bucket(usage.prompt)] += 1
         self.output_lengths[bucket(usage.completion)] += 1
+
+    def answered_before(self, usages: Sequence[Sequence[int]], reasons: Iterable[str | None]) -> None:
+        """Answers of earlier runs, many at once; each usage is prompt, completion and cached tokens."""
+        if not usages:
+            return
+        prompts, outputs, cached = np.array(usages, np.int64).T
+        self.ok += len(usages)
+        self.prompt_tokens += int(prompts.sum())
+        self.cached_tokens += int(cached.sum())
+        self.committed_tokens += int(outputs.sum())
+        self.finish_reasons.update(reason or "unknown" for reason in reasons)
+        for lengths, counts in ((prompts, self.prompt_lengths), (outputs, self.output_lengths)):
+            found, times = np.unique(lengths, return_counts=True)
+            for length, count in zip(found.tolist(), times.tolist(), strict=True):
+                counts[bucket(length)] += count
 
     def mark_durable(self) -> None:
         """All that was counted is in the ledger for good."""

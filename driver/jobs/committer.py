@@ -16,7 +16,7 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
-from shoal.driver.jobs.state.ledger import Ledger
+from shoal.driver.jobs.state.ledger import TERMINAL, Ledger, Record
 from shoal.driver.jobs.work import Settled, Work
 from shoal.driver.outputs import make_output
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SYNC_S = 0.1  # oldest an answer gets in memory
 _BETWEEN_SYNCS_S = 0.02  # a busy disk takes this long: at thousands of rows a second the loop would only wait for it
 CLEARED = "clear"
+_TOGETHER = 1 << 14  # records that recovery takes in at once
 
 
 @dataclass(slots=True)
@@ -37,35 +38,75 @@ class Recovered:
     prefix: Prefix | None = None
 
 
+class _Settled:
+    """Settled rows of the ledger, many at a time: a resumed job waits for each microsecond of each of them."""
+
+    def __init__(self, found: Recovered, prefix: PrefixFinder, accounts: Accounts) -> None:
+        self._found, self._prefix, self._accounts = found, prefix, accounts
+        self.errors: dict[bytes, tuple[int, str]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._keys: list[str] = []
+        self._locations: list[int] = []
+        self._usages: list[list[int]] = []
+        self._reasons: list[str | None] = []
+        self._placed: tuple[list[int], list[int], list[str]] = ([], [], [])  # index, value and id
+
+    def add(self, record: Record) -> None:
+        """A record of a row with an answer or an error."""
+        meta, value = record.meta, record.location << 1
+        if meta["t"] == "ok":
+            self._keys.append(meta["key"])
+            self._locations.append(value)
+            self._usages.append(meta["usage"])
+            self._reasons.append(meta.get("finish_reason"))
+        else:
+            value |= 1
+            self.errors[bytes.fromhex(meta["key"])] = value, sys.intern(meta["code"])
+        if self._prefix.counts(record.epoch):
+            indices, values, ids = self._placed
+            indices.append(meta["index"])
+            values.append(value)
+            ids.append(meta["id"])
+        if len(self._keys) + len(self._placed[0]) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Takes in what was added."""
+        self._found.done.extend(bytes.fromhex("".join(self._keys)), self._locations)
+        self._prefix.settled(*self._placed)
+        self._accounts.answered_before(self._usages, self._reasons)
+        self._forget()
+
+    def open_errors(self) -> dict[bytes, tuple[int, str]]:
+        """Errors of rows that no later run answered."""
+        answered = self._found.done.find(list(self.errors)) >= 0
+        return {key: error for (key, error), gone in zip(self.errors.items(), answered, strict=True) if not gone}
+
+
 def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool, since: int | None) -> Recovered:
     """Reads the ledger; what it says is counted into `accounts`. `since`: as PrefixFinder takes it."""
     found, prefix = Recovered(), PrefixFinder(since)
-    errors: dict[bytes, tuple[int, str]] = {}
+    settled = _Settled(found, prefix, accounts)
     for record in ledger.records():
         meta = record.meta
         kind = meta["t"]
-        if kind == POSITION:
-            prefix.position(record.epoch, meta)
-            continue
-        if kind == "engine":
+        if kind in TERMINAL:
+            settled.add(record)
+        elif kind == POSITION:
+            if prefix.counts(record.epoch):
+                prefix.position(meta)
+        elif kind == "engine":
             accounts.generated[meta["session"]] = meta["generated"]
-            continue
-        if kind == CLEARED:
+        elif kind == CLEARED:
             for tries in found.tries.values():
                 tries.in_company = tries.ranks_in_company = 0
-            continue
-        key = bytes.fromhex(meta["key"])
-        if kind == "ok":
-            errors.pop(key, None)
-            found.done.add(key, record.location << 1)
-            prefix.settled(record.epoch, meta, record.location << 1)
-            accounts.answered(Usage(*meta["usage"]), meta.get("finish_reason"))
-        elif kind == "err":
-            errors[key] = record.location << 1 | 1, sys.intern(meta["code"])
-            prefix.settled(record.epoch, meta, record.location << 1 | 1)
         elif kind == "try":
-            tries = found.tries.setdefault(key, Tries())
+            tries = found.tries.setdefault(bytes.fromhex(meta["key"]), Tries())
             tries.add(meta["alone"], meta.get("ranks", False))
+    settled.flush()
+    errors = settled.open_errors()
     if retry_errors:
         for key in errors:
             found.tries.pop(key, None)

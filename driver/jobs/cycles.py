@@ -9,8 +9,8 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-_NEW_OBJECTS = 50_000  # more objects than this must have come than gone before the new ones are looked through
-_ROUNDS = (20, 50)  # how many such looks make one at middle-aged objects, and of those one at all
+_NEW_OBJECTS = 10_000  # more objects than this must have come than gone before the new ones are looked through
+_ROUNDS = (10, 20)  # how many such looks make one at middle-aged objects, and of those one at all
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ Runs in a thread of its own, a few chunks ahead of the engines and no more.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ class Intake:
 
     def __init__(
         self,
-        tables: Callable[[], Iterator[Any]],
+        tables: Callable[[], Generator[Any, None, None]],
         names: Sequence[str],
         duplicates: Duplicates,
         done: KeyTable,
@@ -62,12 +63,16 @@ class Intake:
     def scanned(self) -> Generator[Scanned, None, None]:
         """Chunks, one after the other."""
         index = 0 if self._prefix is None else self._prefix.end.index
-        yield from self._scanned_before()
-        for table in self._tables():
-            for start in range(0, table.num_rows, CHUNK_ROWS):
-                rows = rows_of(table.slice(start, CHUNK_ROWS), index, self._names)
-                index += len(rows)
-                yield self._sort(rows)
+        with ThreadPoolExecutor(1) as starter, contextlib.closing(self._tables()) as tables:
+            first = starter.submit(next, tables, None)  # tasks start while rows that need none are told of
+            yield from self._scanned_before()
+            for table in itertools.chain([] if first.result() is None else [first.result()], tables):
+                yield from self._scanned_of(table, index)
+                index += table.num_rows
+
+    def _scanned_of(self, table: Any, index: int) -> Iterator[Scanned]:
+        for start in range(0, table.num_rows, CHUNK_ROWS):
+            yield self._sort(rows_of(table.slice(start, CHUNK_ROWS), index + start, self._names))
 
     def _scanned_before(self) -> Iterator[Scanned]:
         prefix, self._prefix = self._prefix, None  # it may be large

@@ -18,6 +18,7 @@ from shoal.driver.jobs.display import Display
 from shoal.driver.jobs.events import Hooks
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
+from shoal.driver.jobs.held_ray import HeldRay
 from shoal.driver.jobs.history import Samples
 from shoal.driver.jobs.identity import differences, job_identity, salt
 from shoal.driver.jobs.intake import Intake
@@ -25,7 +26,7 @@ from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
-from shoal.driver.jobs.pipeline import Recipe, prepared_tables
+from shoal.driver.jobs.pipeline import Recipe, prepared_tables, warm_up
 from shoal.driver.jobs.prefix import Position, versions
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
@@ -53,8 +54,8 @@ _FULL_RETRY_S = 2.0
 def run_job(config: JobConfig, make_model: MakeModel = RowModel.find) -> Exit:
     """Runs a job to its end; what it came to. ValueError for what is wrong with the job itself."""
     set_up_logging()
-    with StopRequest(config.drain_s) as stop:
-        job = Job(config, make_model, stop)
+    with rare_search(), StopRequest(config.drain_s) as stop, HeldRay(config.engine.address) as held_ray:
+        job = Job(config, make_model, stop, held_ray)
         try:
             return job.run()
         except SupersededError as error:
@@ -70,16 +71,13 @@ def run_job(config: JobConfig, make_model: MakeModel = RowModel.find) -> Exit:
 class Job:
     """One run of one job."""
 
-    def __init__(self, config: JobConfig, make_model: MakeModel, stop: StopRequest) -> None:
+    def __init__(self, config: JobConfig, make_model: MakeModel, stop: StopRequest, held_ray: HeldRay) -> None:
         """Finds input, output and model, and compares them with those of an earlier run. Takes nothing over yet."""
-        self._config, self._stop = config, stop
+        self._config, self._stop, self._held_ray = config, stop, held_ray
         self._files = find_inputs(config.input, config.input_format)
         self._form_name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
         self._form = make_form(self._form_name, config)
         self._plan = plan_output(config, self._files[0].format, self._form.separate_errors)
-        self._model = make_model(config.engine)
-        self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
-        self._keys = RowKeys(salt(self._identity))
         self._store = open_store(
             self._plan.filesystem,
             self._plan.state_path,
@@ -87,11 +85,28 @@ class Job:
             rows=config.object_rows,
             seconds=config.object_seconds,
         )
+        self._model = self._find_model(make_model)
+        self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
+        self._keys = RowKeys(salt(self._identity))
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
         self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
+
+    def _find_model(self, make_model: MakeModel) -> RowModel:
+        """Seconds of imports. A job that goes on needs Ray right after it, and nothing is checked in between."""
+        if self._config.fresh or self._store.get(JOB_FILE) is None:
+            return make_model(self._config.engine)
+        with ThreadPoolExecutor(1) as finder:
+            finding = finder.submit(make_model, self._config.engine)
+            self._begin_ray()
+            return finding.result()
+
+    def _begin_ray(self) -> None:
+        if self._held_ray.begin():
+            self._stop.listen()  # Ray takes SIGTERM for itself
+            warm_up()
 
     def run(self) -> Exit:
         """All of it."""
@@ -208,14 +223,12 @@ class Job:
     def _work(self, same_job: bool) -> bool:
         """Answers what has no answer yet; False where it was stopped."""
         from shoal.driver.cluster import find_places
-        from shoal.driver.engine import hold_ray, release_ray
 
         config = self._config
         with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
             reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors, self._since)
-            hold_ray(config.engine.address)
+            self._begin_ray()
             recovered = reading.result()
-        self._stop.listen()  # Ray takes SIGTERM for itself
         if not same_job:  # rows that changed are computed again: the others count once they are met
             self._accounts.found(0, {})
         self._accounts.mark_durable()
@@ -256,17 +269,16 @@ class Job:
         try:
             if known is not None and known - self._num_faults > len(recovered.done):
                 self._runner.start_engines()  # there is work for them, however far in the input
-            with rare_search():
-                self._runner.run()
+            self._runner.run()
         finally:
             self._runner.end_engines(min(_ENGINES_END_S, self._stop.left_s))
-            release_ray()
+            self._held_ray.end()
         self._committer.sync(force=True)
         return not self._stop.asked
 
     def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
         tools = self._model.tools(resolved.max_model_len)
-        gc.freeze()  # what Ray Data's import has brought meanwhile
+        gc.freeze()  # what imports have brought meanwhile
         self._committer.decoder = tools.decoder
         return tools
 

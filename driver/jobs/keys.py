@@ -84,14 +84,6 @@ class KeyTable:
         self._pending: dict[bytes, int] = {}
         self._runs: list[_Run] = []
 
-    @classmethod
-    def of(cls, keys: bytes) -> KeyTable:
-        """A table of many keys at once, without values."""
-        table = cls(with_values=False)
-        if keys:
-            table._runs = [_sorted(*_split([keys]), None)]
-        return table
-
     def __len__(self) -> int:
         return len(self._pending) + sum(map(len, self._runs))
 
@@ -105,6 +97,12 @@ class KeyTable:
         self._pending[key] = value
         if len(self._pending) >= _PENDING:
             self._flush()
+
+    def extend(self, keys: bytes, values: Sequence[int] = ()) -> None:
+        """Adds many keys, one after the other in `keys`; values where the table has some."""
+        high, low = _split([keys])
+        assert len(values) == (len(high) if self._with_values else 0)
+        self._insert(_sorted(high, low, np.array(values, np.int64) if self._with_values else None))
 
     def find(self, keys: Sequence[bytes]) -> Int64:
         """Value of each key (0 in a table without values), -1 where it is missing."""
@@ -129,7 +127,9 @@ class KeyTable:
         high, low = _split(list(self._pending))
         values = np.fromiter(self._pending.values(), np.int64, len(high)) if self._with_values else None
         self._pending.clear()
-        run = _sorted(high, low, values)
+        self._insert(_sorted(high, low, values))
+
+    def _insert(self, run: _Run) -> None:
         # Runs grow by at least half: each key is moved a few times in all, and there are few runs to look into.
         while self._runs and 2 * len(run) >= len(self._runs[-1]):
             run = _merged(self._runs.pop(), run)
@@ -170,6 +170,16 @@ class Numbers:
         while piece >= len(self._pieces):
             self._pieces.append(np.full(self._PIECE, MISSING))
         self._pieces[piece][place] = value
+
+    def fill(self, indices: Sequence[int], values: Sequence[int]) -> None:
+        """Sets many; of several values for one index the last one stays."""
+        places, found = np.array(indices, np.int64), np.array(values, np.int64)
+        pieces = places // self._PIECE
+        for piece in np.unique(pieces).tolist():
+            while piece >= len(self._pieces):
+                self._pieces.append(np.full(self._PIECE, MISSING))
+            here = pieces == piece
+            self._pieces[piece][places[here] % self._PIECE] = found[here]
 
     def slice(self, start: int, stop: int) -> Int64:
         """The numbers of rows start to stop."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,20 @@ class Recipe:
     start: Position  # where reading begins
 
 
-def prepared_tables(recipe: Recipe) -> Iterator[Any]:
+def warm_up() -> None:
+    """Has processes for both kinds of tasks begin with their imports, seconds before there is anything to do."""
+    import ray
+
+    for cpus in (READ_CPUS, PREPARE_CPUS):
+        ray.remote(num_cpus=cpus, max_retries=0)(_import_all).remote()
+
+
+def _import_all() -> None:
+    import ray.data  # noqa: F401
+    import transformers.tokenization_utils_tokenizers  # noqa: F401
+
+
+def prepared_tables(recipe: Recipe) -> Generator[Any, None, None]:
     """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised."""
     import ray
 

@@ -17,6 +17,7 @@ from shoal.driver.jobs.files import InputFile
 from shoal.driver.jobs.keys import KEY_BYTES, Int64, KeyTable, Numbers, id_hash
 
 POSITION = "at"
+_ID = np.dtype((np.void, KEY_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,40 +50,39 @@ class PrefixFinder:
         """`since`: the epoch from which on records are of the input as it is now; None: no records are."""
         self._since = since
         self._values = Numbers()
-        self._ids = bytearray()
+        self._ids = np.zeros(0, _ID)
         self._positions: list[Position] = []
 
-    def position(self, epoch: int, meta: Mapping[str, Any]) -> None:
-        """A position."""
-        if self._counts(epoch):
-            self._positions.append(Position(meta["index"], meta["file"], meta["line"], meta["offset"]))
+    def counts(self, epoch: int) -> bool:
+        """Whether records of an epoch say anything about the input as it is now."""
+        return self._since is not None and epoch >= self._since
 
-    def settled(self, epoch: int, meta: Mapping[str, Any], value: int) -> None:
-        """A settled row; of several records the last one counts. `value`: as in Prefix."""
-        if not self._counts(epoch):
+    def position(self, meta: Mapping[str, Any]) -> None:
+        """A position."""
+        self._positions.append(Position(meta["index"], meta["file"], meta["line"], meta["offset"]))
+
+    def settled(self, indices: Sequence[int], values: Sequence[int], ids: Sequence[str]) -> None:
+        """Settled rows; of several records of a row the last one counts. `values`: as in Prefix."""
+        if not indices:
             return
-        index = meta["index"]
-        self._values[index] = value
-        start = index * KEY_BYTES
-        if len(self._ids) < start:
-            self._ids += bytes(start - len(self._ids))
-        self._ids[start : start + KEY_BYTES] = id_hash(meta["id"])
+        self._values.fill(indices, values)
+        missing = max(indices) + 1 - len(self._ids)
+        if missing > 0:  # by half, so that each is moved a few times in all
+            self._ids = np.concatenate([self._ids, np.zeros(max(missing, len(self._ids) // 2), _ID)])
+        self._ids[np.array(indices)] = np.frombuffer(b"".join(map(id_hash, ids)), _ID)
 
     def find(self, keep_errors: bool) -> Prefix | None:
         """What need not be read; None where that is nothing."""
-        count = len(self._ids) // KEY_BYTES
-        values = self._values.slice(0, count)
+        values = self._values.slice(0, len(self._ids))
         open_ = np.flatnonzero((values < 0) if keep_errors else (values < 0) | (values & 1 == 1))
-        settled = int(open_[0]) if len(open_) else count
+        settled = int(open_[0]) if len(open_) else len(values)
         before = [one for one in self._positions if one.index <= settled]
         end = max(before, key=lambda one: one.index, default=Position())
         if not end.index:
             return None
-        ids = KeyTable.of(bytes(self._ids[: end.index * KEY_BYTES]))
+        ids = KeyTable(with_values=False)
+        ids.extend(self._ids[: end.index].tobytes())
         return Prefix(end, values[: end.index], ids)
-
-    def _counts(self, epoch: int) -> bool:
-        return self._since is not None and epoch >= self._since
 
 
 def versions(files: Sequence[InputFile]) -> list[str]:

@@ -58,7 +58,7 @@ def test_bounded_feeding(llm) -> None:
     pid = llm.llm_engine.driver_pid()
     run(llm, 10_000)
     before = private_bytes(pid)
-    run(llm, 50_000)
+    run(llm, 25_000)
     assert private_bytes(pid) - before <= 50 << 20
     gauges = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     assert gauges["shoal:max_unfinished_requests"] <= 4 * 256

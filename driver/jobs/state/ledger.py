@@ -28,7 +28,7 @@ class SupersededError(RuntimeError):
     """A newer process has taken the job over; this one must write nothing more."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A record as recovery sees it."""
 
@@ -112,7 +112,7 @@ def encode(meta: dict[str, Any], row: bytes) -> bytes:
 
 def check(line: bytes) -> bool:
     """Whether a line is whole."""
-    return len(line) > _CRC_CHARS and line[:_CRC_CHARS] == b"%08x " % zlib.crc32(memoryview(line)[_CRC_CHARS:])
+    return line[:_CRC_CHARS] == b"%08x " % zlib.crc32(line[_CRC_CHARS:])
 
 
 def _meta(line: bytes) -> dict[str, Any] | None:

@@ -59,7 +59,9 @@ class Stages:
         tools.set_result(model.tools(128))
         names = [file.name for file in files]
         duplicates = Duplicates(self.keys, None if prefix is None else prefix.ids)
-        self.intake = Intake(lambda: iter(self.tables), names, duplicates, self.done, tries or {}, tools, prefix)
+        self.intake = Intake(
+            lambda: (table for table in self.tables), names, duplicates, self.done, tries or {}, tools, prefix
+        )
 
     def chunks(self):
         return [self.intake.chunk(found) for found in self.intake.scanned()]
@@ -117,7 +119,8 @@ def test_a_prefix_is_not_read_again(write, reader, model):
     whole = Stages(source, model).chunks()
     for cut in range(len(whole)):
         end = whole[cut].end
-        ids = KeyTable.of(b"".join(id_hash(str(i)) for i in range(end.index)))
+        ids = KeyTable(with_values=False)
+        ids.extend(b"".join(id_hash(str(i)) for i in range(end.index)))
         part = Stages(source, model, prefix=Prefix(end, np.arange(end.index) << 1, ids))
         assert sum(table.num_rows for table in part.tables) == 900 - end.index
         settled, *rest = part.chunks()

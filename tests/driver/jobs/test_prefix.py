@@ -18,13 +18,15 @@ def test_all_before_a_position_that_is_settled_and_nothing_else(events, since, k
     values, positions = {}, [0]
     for location, (epoch, kind, row) in enumerate(sorted(events, key=lambda event: event[0])):
         counts = since is not None and epoch >= since
+        assert finder.counts(epoch) == counts
+        if not counts:
+            continue
         if kind == "at":
-            finder.position(epoch, Position(row, row // 5, row, 10 * row).record())
-            positions += [row] * counts
+            finder.position(Position(row, row // 5, row, 10 * row).record())
+            positions.append(row)
         elif kind == "ok" or values.get(row, 1) & 1:  # no error comes after an answer
-            value = location << 1 | (kind == "err")
-            finder.settled(epoch, {"index": row, "id": f"r{row}"}, value)
-            values |= {row: value} if counts else {}
+            values[row] = location << 1 | (kind == "err")
+            finder.settled([row], [values[row]], [f"r{row}"])
     settled = 0
     while settled in values and (keep_errors or not values[settled] & 1):
         settled += 1
