@@ -24,12 +24,16 @@ import pytest  # noqa: E402
 _WITH_RAY = ("data", "deploy", "e2e", "faults", "jobs", "test_examples.py", "driver/test_bench_command.py")
 
 
-def pytest_collection_modifyitems(items) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Where the suite runs in several processes, tests that start Ray stay in one: they look for what others left."""
-    here = pathlib.Path(__file__).parent
-    for item in items:
-        if item.path.relative_to(here).as_posix().startswith(_WITH_RAY):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "ray" if nodeid.removeprefix("tests/").startswith(_WITH_RAY) else nodeid
+
+    return OneForRay(config, log)
 
 
 FAMILIES = ("llama", "qwen3", "granite", "gpt2", "opt", "opt-post-norm")
