@@ -332,8 +332,9 @@ class Dispatcher(Generic[ItemT]):
         for work in reversed(self.lanes[source].works.values()):
             if work.size > excess or work.results:
                 break
-            unstarted.append(work.index)
             excess -= work.size
+            if not work.tries.total:  # else ranks died with it: its engine tries it alone, another would begin anew
+                unstarted.append(work.index)
         chosen = set(self.router.move(unstarted, target, room))
         if not chosen:
             return None

@@ -264,6 +264,9 @@ class Fleet:
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, News):
+            for number, alone in (tried for death in event.collected.deaths for tried in death.tried):
+                if number in self._sequences:
+                    self._sequences[number].tries.add(alone, of_ranks=True)
             for result in event.collected.finished:
                 self._take(event.replica.number, result)
         elif isinstance(event, Up):
@@ -331,6 +334,7 @@ class Fleet:
         if sequences:
             for sequence in sequences:
                 sequence.lane = number
+                sequence.request.num_solo_deaths = sequence.tries.ranks_alone
             self._engines.alive[number].submit([sequence.request for sequence in sequences])
 
 

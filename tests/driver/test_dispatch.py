@@ -143,6 +143,15 @@ def test_the_tail_moves_to_idle_lanes():
     assert [lane.num_sequences for lane in dispatcher.lanes.values()] == [4, 4]
 
 
+def test_rows_that_ranks_died_with_stay():
+    """Else two engines hand them to each other for ever, and neither has one alone."""
+    dispatcher = filled(8, lanes=2)
+    for one in dispatcher.take(0)[5:]:
+        one.tries.add(False, of_ranks=True)
+    assert indices(dispatcher.rebalance().works) == [4]
+    assert dispatcher.rebalance() is None
+
+
 def test_nothing_moves_while_rows_wait_or_that_has_results():
     assert filled(100, lanes=2).rebalance() is None
     dispatcher = filled(8, lanes=2)
