@@ -43,7 +43,7 @@ demo: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/python examples/show_answers.py answers.jsonl
 
 test: $(VENV)/.dev $(WEIGHTS_STAMP) $(RAY_TOKEN)
-	@env -u RAY_ADDRESS $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@env -u RAY_ADDRESS $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -21,21 +21,6 @@ os.environ["SHOAL_CPU_KVCACHE_SPACE"] = "0.25"
 
 import pytest  # noqa: E402
 
-_WITH_RAY = ("data", "deploy", "e2e", "faults", "jobs", "test_examples.py", "driver/test_bench_command.py")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Where the suite runs in several processes, tests that start Ray stay in one: they look for what others left."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class OneForRay(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return "ray" if nodeid.removeprefix("tests/").startswith(_WITH_RAY) else nodeid
-
-    return OneForRay(config, log)
-
-
 FAMILIES = ("llama", "qwen3", "granite", "gpt2", "opt", "opt-post-norm")
 VOCAB = 384
 

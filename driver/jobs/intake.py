@@ -80,8 +80,7 @@ class Intake:
             return
         for start in range(0, len(prefix.values), _PREFIX_ROWS):
             found = prefix.values[start : start + _PREFIX_ROWS].tolist()
-            end = prefix.end if start + len(found) == prefix.end.index else Position()
-            yield Scanned(end, list(map(Settled, itertools.count(start), found)))
+            yield Scanned(Position(), list(map(Settled, itertools.count(start), found)))
 
     def _sort(self, packed: list[PackedRow]) -> Scanned:
         last = packed[-1]

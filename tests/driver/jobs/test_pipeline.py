@@ -125,7 +125,7 @@ def test_a_prefix_is_not_read_again(write, reader, model):
         assert sum(table.num_rows for table in part.tables) == 900 - end.index
         settled, *rest = part.chunks()
         assert [(row.index, row.location) for row in settled.settled] == [(i, i << 1) for i in range(end.index)]
-        assert settled.end == end
+        assert settled.end == Position(), "the ledger has it already"
         expected = [(work.index, work.key) for chunk in whole[cut + 1 :] for work in chunk.work]
         assert [(work.index, work.key) for chunk in rest for work in chunk.work] == expected
         if end.index <= 800:
