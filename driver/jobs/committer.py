@@ -17,7 +17,7 @@ from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
 from shoal.driver.jobs.state.ledger import TERMINAL, Ledger, Record
-from shoal.driver.jobs.work import Settled, Work
+from shoal.driver.jobs.work import Chunk, Settled, Work
 from shoal.driver.outputs import make_output
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ class Committer:
                 new.append(row.index)
         return new
 
-    def reached(self, position: Position) -> None:
-        """The input was read so far."""
-        if position.index > self._position.index:
-            self._position = position
-            self.ledger.append(position.record())
+    def reached(self, chunk: Chunk) -> None:
+        """The input was read so far. Where nothing is to be done, nothing is written."""
+        if chunk.work and chunk.end.index > self._position.index:
+            self._position = chunk.end
+            self.ledger.append(chunk.end.record())
 
     def answer(self, work: Work) -> None:
         """A row whose sequences are all finished."""

@@ -9,7 +9,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-_NEW_OBJECTS = 10_000  # more objects than this must have come than gone before the new ones are looked through
+_NEW_OBJECTS = 20_000  # more objects than this must have come than gone before the new ones are looked through
 _ROUNDS = (10, 20)  # how many such looks make one at middle-aged objects, and of those one at all
 
 

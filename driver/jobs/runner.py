@@ -229,7 +229,7 @@ class Runner:
     def _on_chunk(self, chunk: Chunk) -> None:
         self._feeder.received()
         self._accounts.rows_read += chunk.num_rows
-        self._committer.reached(chunk.end)
+        self._committer.reached(chunk)
         self._unsynced += self._committer.settle(chunk.settled)
         self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
         for work in chunk.work:
