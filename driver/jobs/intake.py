@@ -63,7 +63,7 @@ class Intake:
     def scanned(self) -> Generator[Scanned, None, None]:
         """Chunks, one after the other."""
         index = 0 if self._prefix is None else self._prefix.end.index
-        with ThreadPoolExecutor(1) as starter, contextlib.closing(self._tables()) as tables:
+        with contextlib.closing(self._tables()) as tables, ThreadPoolExecutor(1) as starter:
             first = starter.submit(next, tables, None)  # tasks start while rows that need none are told of
             yield from self._scanned_before()
             for table in itertools.chain([] if first.result() is None else [first.result()], tables):
