@@ -197,10 +197,12 @@ class Router(Generic[ItemT]):
 
     def move(self, indices: Iterable[int], lane: int, most: int) -> list[int]:
         """Of items in an engine, those that had better be in the other lane's, of `most` sequences at most. They count
-        as handed out there from now on. `indices`: of one lane, the first to go first."""
+        as handed out there from now on. `indices`: of one lane, the first to go first.
+
+        A queue alone is no reason: both engines have one while they compute prompts, and rows would go to and fro."""
         entries = [self._entries[index] for index in indices]
-        taken = []
-        for entry in self._worthwhile(entries, entries[0].lane, lane, most) if entries else []:
+        taken, least = [], int(not self._shelves[lane].held_tokens)  # whoever has nothing gets something
+        for entry in self._worthwhile(entries, entries[0].lane, lane, least) if entries else []:
             if entry.item.size <= most:
                 most -= entry.item.size
                 taken.append(entry)

@@ -143,6 +143,20 @@ def test_the_tail_moves_to_idle_lanes():
     assert [lane.num_sequences for lane in dispatcher.lanes.values()] == [4, 4]
 
 
+def test_a_queue_alone_moves_nothing():
+    """While prompts are computed rows wait in both engines; whose report came last is chance."""
+    dispatcher = filled(16, lanes=2, slots=64)
+    assert dispatcher.router.steal(1, 0) == 8
+    for lane in (0, 1):
+        dispatcher.take(lane)
+    assert [lane.num_sequences for lane in dispatcher.lanes.values()] == [8, 8]
+    dispatcher.report({0: 6, 1: 0})
+    assert dispatcher.rebalance() is None
+    for one in list(dispatcher.lanes[1].works.values()):
+        dispatcher.done(1, one)
+    assert len(dispatcher.rebalance().works) == 4, "now the other one idles"
+
+
 def test_rows_that_ranks_died_with_stay():
     """Else two engines hand them to each other for ever, and neither has one alone."""
     dispatcher = filled(8, lanes=2)
