@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoal.driver.config import EngineConfig, make_config
 
-_OPEN_FACTOR = 8  # rows in blocks for one slot: the slowest row of a block is several times as long as the mean one
+_OPEN_FACTOR = 16  # rows in blocks for one slot: the slowest row of a block is many times as long as the mean one
+_BLOCKS_OF_SLOTS = 8  # blocks that make a full batch
+_LEAST_ROWS = 32  # of a block
 _MOST_BLOCKS = 512  # each is a thread of the engine's actor
 
 
@@ -41,10 +43,11 @@ class ProcessorConfig(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra variables of the chat template."""
 
-    batch_size: int = Field(default=32, ge=1)
-    """Rows of one block. A block leaves when its last row is finished; meanwhile other blocks fill the engine."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows of one block. A block leaves when its last row is finished; meanwhile other blocks fill the engine. None: an
+    eighth of the engine's max_num_seqs, at least 32: Ray Data hands over some tens of blocks a second."""
     max_open_rows: int | None = Field(default=None, ge=1)
-    """Rows in blocks that one engine's actor holds at once. None: 8 for each of the engine's max_num_seqs."""
+    """Rows in blocks that one engine's actor holds at once. None: 16 for each of the engine's max_num_seqs."""
     replicas: int = Field(default=1, ge=1)
     """Engines, each in an actor of its own; Ray Data gives blocks to the one that has fewest."""
     prepare_cpus: float = Field(default=0.5, gt=0)
@@ -74,10 +77,14 @@ class ProcessorConfig(BaseModel):
                 raise ValueError(f"{name} must name a column, got an empty string")
         return self
 
+    def block_rows(self, max_num_seqs: int) -> int:
+        """Rows of one block."""
+        return self.batch_size or max(_LEAST_ROWS, max_num_seqs // _BLOCKS_OF_SLOTS)
+
     def open_blocks(self, max_num_seqs: int) -> int:
         """Blocks that an actor holds at once."""
         rows = self.max_open_rows or _OPEN_FACTOR * max_num_seqs
-        return min(_MOST_BLOCKS, max(2, -(-rows // self.batch_size)))
+        return min(_MOST_BLOCKS, max(2, -(-rows // self.block_rows(max_num_seqs))))
 
 
 def make_processor_config(config: ProcessorConfig | Mapping[str, Any]) -> ProcessorConfig:

@@ -17,7 +17,7 @@ from shoal.driver.placement import PlacementError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_PREPARE_ROWS = 256  # of a block: one task's work
+_PREPARE_ROWS = 256  # made ready at once
 _ENGINE_CPUS = 0.01
 _POST_CPUS = 0.25
 _READ_CPUS = 1.0  # what Ray Data's own tasks take
@@ -66,16 +66,19 @@ class _Processor:
         engine = config.engine.model_copy(update={"hf_token": None})  # the ranks have it from LoadConfig
         whole = replace(self._model, config=engine, resolved=replace(self._model.resolved, hf_config=None))
         generating = ray.put((config.model_copy(update={"engine": engine}), whole))
-        blocks = config.open_blocks(config.engine.max_num_seqs or self._slots())
-        ready = dataset.repartition(target_num_rows_per_block=_PREPARE_ROWS).map_batches(
+        slots = config.engine.max_num_seqs or self._slots()
+        blocks, size = config.open_blocks(slots), config.block_rows(slots)
+        # Ray Data makes one stage of these two, and no tasks of their own for cutting and joining blocks: on few cores
+        # those took longer than the rows. Whole batches, whatever the blocks; out of a task come the engine's blocks.
+        ready = dataset.map_batches(
             prepare,
-            batch_size=None,
+            batch_size=max(1, _PREPARE_ROWS // size) * size,
             batch_format="pyarrow",
             num_cpus=config.prepare_cpus,
             compute=TaskPoolStrategy(),
             fn_kwargs={"name": name, "reference": [preparing]},
-        )
-        answered = ready.repartition(target_num_rows_per_block=config.batch_size).map_batches(
+        ).repartition(target_num_rows_per_block=size, strict=True)
+        answered = ready.map_batches(
             Generate,
             batch_size=None,
             batch_format="pyarrow",
