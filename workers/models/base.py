@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +27,7 @@ class Elsewhere(torch.nn.Module):
     """Stands where a module would be that another pipeline stage holds."""
 
 
-class Model(torch.nn.Module):
+class Model(torch.nn.Module, ABC):
     """Base of the families. A subclass builds its layers under the caller's default dtype and device.
 
     What this rank's stage does not hold is `Elsewhere`: `layer_list` and `held` see to that. The first stage embeds; a
@@ -67,6 +68,7 @@ class Model(torch.nn.Module):
         """This stage's layers, each with its cache."""
         return zip(islice(layers, self.stage_layers.start, self.stage_layers.stop), kv_cache, strict=True)
 
+    @abstractmethod
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[torch.Tensor]) -> torch.Tensor:
         """Hidden states [num_tokens, hidden] after the final norm, or what the next stage starts from.
 
@@ -74,7 +76,6 @@ class Model(torch.nn.Module):
         `kv_cache[i]`, of this stage's i-th layer, is [2, num_blocks, block_size, num_kv_heads_per_rank, head_dim]; this
         pass's keys and values are written into it.
         """
-        raise NotImplementedError
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> logits [n, vocab_size], the same on every rank."""
