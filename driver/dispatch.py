@@ -139,7 +139,7 @@ class Lane(Generic[ItemT]):
 
     @property
     def excess(self) -> int:
-        """Sequences it holds and cannot be running yet: there are no more places, or its cache is full."""
+        """Sequences it holds and cannot be running yet: no place, no room in its cache, or other prompts first."""
         return max(self.num_sequences - self.slots, min(self.queued, self.num_sequences))
 
     @property
@@ -314,7 +314,8 @@ class Dispatcher(Generic[ItemT]):
                 self.lanes[number].queued = count
 
     def rebalance(self) -> Move[ItemT] | None:
-        """When nothing waits and a lane has free places: moves rows there that cannot be running yet where they are."""
+        """When nothing waits and a lane has free places and less to do: moves rows there that cannot be running yet
+        where they are."""
         free_lanes = {n: lane for n, lane in self.lanes.items() if lane.open}
         if self.num_waiting or len(free_lanes) < 2:
             return None
