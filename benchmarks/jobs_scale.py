@@ -75,7 +75,9 @@ def run_the_job(folder: Path) -> int:
     from shoal.driver.jobs.job import run_job
     from shoal.driver.jobs.model import RowModel
     from shoal.driver.resolve import ResolvedConfig
+    from shoal.driver.torch_free import keep_torch_out
 
+    keep_torch_out()  # as the command does
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
     class StubClient(Engine):

@@ -10,6 +10,7 @@ from importlib import import_module
 from shoal.driver.secrecy import masked
 
 # Name, what it does, and the module with its `add_arguments(parser)` and `run(args) -> exit status`.
+# `args.own_process`: the process is there for nothing else.
 COMMANDS = {
     "bench": ("measure the engine on made-up work", "shoal.driver.bench.command"),
     "plan": ("say what a batch job would do, without an engine", "shoal.driver.jobs.plan.command"),
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     args = _parser(chosen).parse_args(arguments)
     _, module = COMMANDS[args.command]
+    args.own_process = argv is None
     try:
         return int(import_module(module).run(args))
     except ValueError as error:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from shoal.driver.jobs.keys import Int64
+
 _RATE_WINDOW_S = 60.0
 _FINE_BITS = 6
 
@@ -126,6 +128,17 @@ class Accounts:
             self.unmet_ok -= 1
         else:
             self.ok += 1
+
+    def met_many(self, values: Int64) -> None:
+        """The same of many rows; a value is location << 1 | is error."""
+        is_error = values & 1 == 1
+        for value in values[is_error].tolist():
+            self.met(value, is_error=True)
+        answers = len(values) - int(is_error.sum())
+        expected = min(answers, self.unmet_ok)
+        self.resumed += answers
+        self.unmet_ok -= expected
+        self.ok += answers - expected
 
     def forget_unmet(self) -> None:
         """The input was read to its end: what was not met there belongs to rows that are gone or were changed."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
@@ -16,8 +15,8 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
-from shoal.driver.jobs.state.ledger import TERMINAL, Ledger, Record
-from shoal.driver.jobs.work import Chunk, Settled, Work
+from shoal.driver.jobs.state.ledger import TERMINAL, Ledger, Records
+from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.outputs import make_output
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 _SYNC_S = 0.1  # oldest an answer gets in memory
 _BETWEEN_SYNCS_S = 0.02  # a busy disk takes this long: at thousands of rows a second the loop would only wait for it
 CLEARED = "clear"
-_TOGETHER = 1 << 14  # records that recovery takes in at once
 
 
 @dataclass(slots=True)
@@ -44,40 +42,34 @@ class _Settled:
     def __init__(self, found: Recovered, prefix: PrefixFinder, accounts: Accounts) -> None:
         self._found, self._prefix, self._accounts = found, prefix, accounts
         self.errors: dict[bytes, tuple[int, str]] = {}
-        self._forget()
 
-    def _forget(self) -> None:
-        self._keys: list[str] = []
-        self._locations: list[int] = []
-        self._usages: list[list[int]] = []
-        self._reasons: list[str | None] = []
-        self._placed: tuple[list[int], list[int], list[str]] = ([], [], [])  # index, value and id
+    def add(self, records: Records) -> None:
+        """Takes in those that are of rows with an answer or an error."""
+        metas, values = records.metas, [location << 1 for location in records.locations]
+        if not all(meta["t"] == "ok" for meta in metas):
+            metas, values = self._apart(metas, values)
+        if self._prefix.counts(records.epoch):
+            self._prefix.settled([meta["index"] for meta in metas], values, [meta["id"] for meta in metas])
+        if len(self.errors):
+            answers = [(meta, value) for meta, value in zip(metas, values, strict=True) if not value & 1]
+            metas, values = [meta for meta, _ in answers], [value for _, value in answers]
+        self._found.done.extend(bytes.fromhex("".join([meta["key"] for meta in metas])), values)
+        reasons = [meta.get("finish_reason") for meta in metas]
+        self._accounts.answered_before([meta["usage"] for meta in metas], reasons)
 
-    def add(self, record: Record) -> None:
-        """A record of a row with an answer or an error."""
-        meta, value = record.meta, record.location << 1
-        if meta["t"] == "ok":
-            self._keys.append(meta["key"])
-            self._locations.append(value)
-            self._usages.append(meta["usage"])
-            self._reasons.append(meta.get("finish_reason"))
-        else:
-            value |= 1
-            self.errors[bytes.fromhex(meta["key"])] = value, sys.intern(meta["code"])
-        if self._prefix.counts(record.epoch):
-            indices, values, ids = self._placed
-            indices.append(meta["index"])
-            values.append(value)
-            ids.append(meta["id"])
-        if len(self._keys) + len(self._placed[0]) >= _TOGETHER:
-            self.flush()
-
-    def flush(self) -> None:
-        """Takes in what was added."""
-        self._found.done.extend(bytes.fromhex("".join(self._keys)), self._locations)
-        self._prefix.settled(*self._placed)
-        self._accounts.answered_before(self._usages, self._reasons)
-        self._forget()
+    def _apart(self, metas: list[dict[str, Any]], values: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
+        """Answers and errors, without records of other kinds; the errors are kept."""
+        rows, theirs = [], []
+        for meta, value in zip(metas, values, strict=True):
+            if meta["t"] == "ok":
+                theirs.append(value)
+            elif meta["t"] == "err":
+                theirs.append(value | 1)
+                self.errors[bytes.fromhex(meta["key"])] = value | 1, sys.intern(meta["code"])
+            else:
+                continue
+            rows.append(meta)
+        return rows, theirs
 
     def open_errors(self) -> dict[bytes, tuple[int, str]]:
         """Errors of rows that no later run answered."""
@@ -89,23 +81,23 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool, since: int |
     """Reads the ledger; what it says is counted into `accounts`. `since`: as PrefixFinder takes it."""
     found, prefix = Recovered(), PrefixFinder(since)
     settled = _Settled(found, prefix, accounts)
-    for record in ledger.records():
-        meta = record.meta
-        kind = meta["t"]
-        if kind in TERMINAL:
-            settled.add(record)
-        elif kind == POSITION:
-            if prefix.counts(record.epoch):
-                prefix.position(meta)
-        elif kind == "engine":
-            accounts.generated[meta["session"]] = meta["generated"]
-        elif kind == CLEARED:
-            for tries in found.tries.values():
-                tries.in_company = tries.ranks_in_company = 0
-        elif kind == "try":
-            tries = found.tries.setdefault(bytes.fromhex(meta["key"]), Tries())
-            tries.add(meta["alone"], meta.get("ranks", False))
-    settled.flush()
+    for records in ledger.records():
+        settled.add(records)
+        for meta in records.metas:
+            kind = meta["t"]
+            if kind in TERMINAL:
+                continue
+            if kind == POSITION:
+                if prefix.counts(records.epoch):
+                    prefix.position(meta)
+            elif kind == "engine":
+                accounts.generated[meta["session"]] = meta["generated"]
+            elif kind == CLEARED:
+                for tries in found.tries.values():
+                    tries.in_company = tries.ranks_in_company = 0
+            elif kind == "try":
+                tries = found.tries.setdefault(bytes.fromhex(meta["key"]), Tries())
+                tries.add(meta["alone"], meta.get("ranks", False))
     errors = settled.open_errors()
     if retry_errors:
         for key in errors:
@@ -129,10 +121,13 @@ class Committer:
         self._position = Position()  # the last one in the ledger
         self.decoder: TextDecoder | None = None  # known with the model
 
-    def settle(self, rows: Iterable[Settled]) -> list[int]:
+    def settle(self, chunk: Chunk) -> list[int]:
         """Rows that need no engine; the indices of those that are new."""
+        if chunk.known is not None:
+            self.where.fill(chunk.known.indices, chunk.known.values >> 1)
+            self._accounts.met_many(chunk.known.values)
         new: list[int] = []
-        for row in rows:
+        for row in chunk.settled:
             if row.fault is None:
                 self.where[row.index] = row.location >> 1
                 self._accounts.met(row.location, bool(row.location & 1))

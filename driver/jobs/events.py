@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,4 +33,4 @@ class Hooks:
     find_places: FindPlaces
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
-    settled: Callable[[list[int], bool], None]  # rows that are durable now; True: settled by this run
+    settled: Callable[[Sequence[int], bool], None]  # rows that are durable now; True: settled by this run

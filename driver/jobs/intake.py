@@ -23,10 +23,9 @@ from shoal.driver.jobs.packed import PackedRow, rows_of
 from shoal.driver.jobs.prefix import Position, Prefix
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.jobs.scan import Duplicates, InputRow
-from shoal.driver.jobs.work import Chunk, Settled, Work
+from shoal.driver.jobs.work import Chunk, Known, Settled, Work
 
 CHUNK_ROWS = 256
-_PREFIX_ROWS = 4096  # of a chunk of rows that are not read
 
 
 @dataclass(slots=True)
@@ -34,6 +33,7 @@ class Scanned:
     """Consecutive rows of the input: those that are settled, and those that need an engine."""
 
     end: Position  # after them
+    known: Known | None = None
     settled: list[Settled] = field(default_factory=list)
     needy: list[PackedRow] = field(default_factory=list)
 
@@ -65,7 +65,9 @@ class Intake:
         index = 0 if self._prefix is None else self._prefix.end.index
         with contextlib.closing(self._tables()) as tables, ThreadPoolExecutor(1) as starter:
             first = starter.submit(next, tables, None)  # tasks start while rows that need none are told of
-            yield from self._scanned_before()
+            if self._prefix is not None:
+                known, self._prefix = self._prefix.values, None  # it may be large
+                yield Scanned(Position(), Known(0, known))
             for table in itertools.chain([] if first.result() is None else [first.result()], tables):
                 yield from self._scanned_of(table, index)
                 index += table.num_rows
@@ -73,14 +75,6 @@ class Intake:
     def _scanned_of(self, table: Any, index: int) -> Iterator[Scanned]:
         for start in range(0, table.num_rows, CHUNK_ROWS):
             yield self._sort(rows_of(table.slice(start, CHUNK_ROWS), index + start, self._names))
-
-    def _scanned_before(self) -> Iterator[Scanned]:
-        prefix, self._prefix = self._prefix, None  # it may be large
-        if prefix is None:
-            return
-        for start in range(0, len(prefix.values), _PREFIX_ROWS):
-            found = prefix.values[start : start + _PREFIX_ROWS].tolist()
-            yield Scanned(Position(), list(map(Settled, itertools.count(start), found)))
 
     def _sort(self, packed: list[PackedRow]) -> Scanned:
         last = packed[-1]
@@ -95,11 +89,12 @@ class Intake:
                 settled.append(_failed(one.row, one.row.fault))
             else:
                 needy.append(one)
-        return Scanned(Position(last.row.index + 1, last.file, last.row.line, last.end), settled, needy)
+        return Scanned(Position(last.row.index + 1, last.file, last.row.line, last.end), None, settled, needy)
 
     def chunk(self, scanned: Scanned) -> Chunk:
         """The chunk, its rows ready for an engine. Waits for the model where any row needs it."""
-        result = Chunk(len(scanned.settled) + len(scanned.needy), scanned.end, settled=scanned.settled)
+        num_rows = len(scanned.settled) + len(scanned.needy) + (len(scanned.known.values) if scanned.known else 0)
+        result = Chunk(num_rows, scanned.end, scanned.known, settled=scanned.settled)
         if not scanned.needy:
             return result
         tools = self._tools.result()

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
-from shoal.driver.jobs.pipeline import Recipe, prepared_tables, warm_up
+from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables, warm_up
 from shoal.driver.jobs.prefix import Position, versions
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
@@ -85,28 +86,20 @@ class Job:
             rows=config.object_rows,
             seconds=config.object_seconds,
         )
-        self._model = self._find_model(make_model)
+        self._model = make_model(config.engine)
         self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
         self._keys = RowKeys(salt(self._identity))
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
+        self._warm: list[Any] = []
         self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
-
-    def _find_model(self, make_model: MakeModel) -> RowModel:
-        """Seconds of imports. A job that goes on needs Ray right after it, and nothing is checked in between."""
-        if self._config.fresh or self._store.get(JOB_FILE) is None:
-            return make_model(self._config.engine)
-        with ThreadPoolExecutor(1) as finder:
-            finding = finder.submit(make_model, self._config.engine)
-            self._begin_ray()
-            return finding.result()
 
     def _begin_ray(self) -> None:
         if self._held_ray.begin():
             self._stop.listen()  # Ray takes SIGTERM for itself
-            warm_up()
+            self._warm = warm_up()
 
     def run(self) -> Exit:
         """All of it."""
@@ -227,8 +220,10 @@ class Job:
         config = self._config
         with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
             reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors, self._since)
+            importing = reader.submit(import_library)
             self._begin_ray()
             recovered = reading.result()
+            importing.result()
         if not same_job:  # rows that changed are computed again: the others count once they are met
             self._accounts.found(0, {})
         self._accounts.mark_durable()
@@ -253,7 +248,7 @@ class Job:
             Position() if prefix is None else prefix.end,
         )  # fmt: skip
         intake = Intake(
-            lambda: prepared_tables(recipe),
+            lambda: prepared_tables(recipe, self._warm),
             [file.name for file in self._files],
             Duplicates(self._keys, None if prefix is None else prefix.ids),
             recovered.done,
@@ -282,7 +277,7 @@ class Job:
         self._committer.decoder = tools.decoder
         return tools
 
-    def _settled(self, indices: list[int], new: bool) -> None:
+    def _settled(self, indices: Sequence[int], new: bool) -> None:
         if self._parts is not None:
             self._parts.settled(indices, new)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -18,12 +18,13 @@ def dump(value: Any) -> bytes:
         return _dump_anything(value)
 
 
-def load(data: bytes) -> dict[str, Any]:
-    """An object that `dump` has written."""
+def load_all(texts: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Objects that `dump` has written, in one go."""
+    found: list[dict[str, Any]]
     try:
-        found: dict[str, Any] = orjson.loads(data)
+        found = orjson.loads(b"[" + b",".join(texts) + b"]")
     except orjson.JSONDecodeError:  # surrogates
-        found = json.loads(data)
+        found = [json.loads(text) for text in texts]
     return found
 
 

@@ -171,7 +171,7 @@ class Numbers:
             self._pieces.append(np.full(self._PIECE, MISSING))
         self._pieces[piece][place] = value
 
-    def fill(self, indices: Sequence[int], values: Sequence[int]) -> None:
+    def fill(self, indices: Sequence[int], values: Sequence[int] | Int64) -> None:
         """Sets many; of several values for one index the last one stays."""
         places, found = np.array(indices, np.int64), np.array(values, np.int64)
         pieces = places // self._PIECE

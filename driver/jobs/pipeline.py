@@ -30,6 +30,7 @@ READ_CPUS, PREPARE_CPUS = 0.25, 0.5
 _BLOCK_BYTES = 1 << 20  # small blocks: the first rows come soon, and little is under way; each costs milliseconds
 _STORE_BYTES = 64 << 20  # of the object store, for all blocks of the pipeline
 _READ_ROWS = 512
+_WARM_S = 15.0
 _kept: dict[str, Any] = {}  # in a task's process: what the last job's tasks were made with
 
 
@@ -46,12 +47,11 @@ class Recipe:
     start: Position  # where reading begins
 
 
-def warm_up() -> None:
-    """Has processes for both kinds of tasks begin with their imports, seconds before there is anything to do."""
+def warm_up() -> list[Any]:
+    """Has processes for both kinds of tasks begin with their imports, while the ledger is read; what to wait for."""
     import ray
 
-    for cpus in (READ_CPUS, PREPARE_CPUS):
-        ray.remote(num_cpus=cpus, max_retries=0)(_import_all).remote()
+    return [ray.remote(num_cpus=cpus, max_retries=0)(_import_all).remote() for cpus in (READ_CPUS, PREPARE_CPUS)]
 
 
 def _import_all() -> None:
@@ -59,14 +59,24 @@ def _import_all() -> None:
     import transformers.tokenization_utils_tokenizers  # noqa: F401
 
 
-def prepared_tables(recipe: Recipe) -> Generator[Any, None, None]:
-    """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised."""
+def import_library() -> None:
+    """Seconds, which may go by while Ray starts."""
+    import ray.data  # noqa: F401
+
+
+def prepared_tables(recipe: Recipe, warm: Sequence[Any] = ()) -> Generator[Any, None, None]:
+    """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised.
+
+    `warm`: as `warm_up` returned it.
+    """
     import ray
 
     total = _check_cpus()
     for file in recipe.files:
         if "memory" in (file.filesystem.protocol, *file.filesystem.protocol):
             raise ValueError(f"input {file.name!r} is in the memory of this process, where tasks cannot read it")
+    if warm:  # else tasks would find these processes busy, and others would start and import the same beside them
+        ray.wait(list(warm), num_returns=len(warm), timeout=_WARM_S, fetch_local=False)
     name = uuid.uuid4().hex
     reference = ray.put(recipe)  # unpacked once in each process, not once for each task
     dataset = _dataset(recipe, name, [reference], max(1, int(total / 2)))

@@ -230,8 +230,8 @@ class Runner:
         self._feeder.received()
         self._accounts.rows_read += chunk.num_rows
         self._committer.reached(chunk)
-        self._unsynced += self._committer.settle(chunk.settled)
-        self._hooks.settled([row.index for row in chunk.settled if row.fault is None], False)
+        self._unsynced += self._committer.settle(chunk)
+        self._hooks.settled(chunk.settled_before, False)
         for work in chunk.work:
             self._dispatcher.add(work)
             assert self._tools is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.driver.binding import Row
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
+from shoal.driver.jobs.keys import Int64
 from shoal.driver.jobs.prefix import Position
 from shoal.driver.params import SamplingParams
 from shoal.driver.request import FinishedRequest
@@ -50,6 +52,19 @@ class Work:
         return self.row.priority
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Rows of the input that were not read, since the ledger has them all; millions, maybe, and so no objects."""
+
+    first: int  # index of the first one
+    values: Int64  # of each: location of its record << 1 | whether it is an error
+
+    @property
+    def indices(self) -> range:
+        """Of its rows."""
+        return range(self.first, self.first + len(self.values))
+
+
 @dataclass(slots=True)
 class Settled:
     """A row that needs no engine: it is in the ledger already, or it has a fault."""
@@ -64,9 +79,16 @@ class Settled:
 
 @dataclass(slots=True)
 class Chunk:
-    """Consecutive rows of the input, each in one of two states."""
+    """Consecutive rows of the input, each in one of two states; or rows that were not read, and no others."""
 
     num_rows: int
     end: Position  # after its rows
+    known: Known | None = None
     work: list[Work] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
+
+    @property
+    def settled_before(self) -> Sequence[int]:
+        """Indices of rows that earlier runs settled."""
+        known: Sequence[int] = () if self.known is None else self.known.indices
+        return known or [row.index for row in self.settled if row.fault is None]

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -358,3 +360,31 @@ def test_capital_of_france(smollm2_resolved, one_thread):
         output = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_process_without_torch_finds_the_same(tiny_checkpoint):
+    """keep_torch_out: the same spec and tokenizer, and no word about models that are not available."""
+    from shoal.driver.model_config import resolve_all
+
+    folders = [tiny_checkpoint(family) for family in ("llama", "qwen3", "granite", "gpt2", "opt", "opt-post-norm")]
+    code = f"""
+import sys
+from shoal.driver.torch_free import keep_torch_out
+keep_torch_out()
+from shoal.driver.config import make_config
+from shoal.driver.model_config import resolve_all
+for folder in {[str(folder) for folder in folders]!r}:
+    model, tokenizer, text = resolve_all(make_config(model=folder))
+    print(repr((model.spec, model.generation_config, tokenizer.chat_template, tokenizer.all_special_tokens, text)))
+assert "torch" not in sys.modules
+import torch
+torch.zeros(1)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = [resolve_all(make_config(model=str(folder))) for folder in folders]
+    assert result.stdout.splitlines() == [
+        repr((model.spec, model.generation_config, tokenizer.chat_template, tokenizer.all_special_tokens, text))
+        for model, tokenizer, text in found
+    ]
+    assert "not found" not in result.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
 from shoal.driver.jobs.config import JobConfig, load_job, make_job
+from shoal.driver.torch_free import keep_torch_out
 
 JOB_DEST = "job."  # keeps a job's fields apart from a command's own arguments
 
@@ -40,12 +41,20 @@ def job_config(args: argparse.Namespace) -> JobConfig:
     return make_job({**changes, "engine": engine})
 
 
+def prepare_process(args: argparse.Namespace, config: JobConfig) -> None:
+    """A process that is the command's own computes nothing; a model's own code may expect anything."""
+    if args.own_process and not config.engine.trust_remote_code:
+        keep_torch_out()
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the job; its exit code."""
     from shoal.driver.jobs.job import run_job
     from shoal.driver.replica import REPLICA_THREAD
 
-    code = run_job(job_config(args))
+    config = job_config(args)
+    prepare_process(args, config)
+    code = run_job(config)
     if any(thread.name.startswith(REPLICA_THREAD) for thread in threading.enumerate()):
         # A stop that did not wait: such a thread would meet a Ray that is shut down, whose core then ends the process
         # with a code of its own.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.driver.bench.floors import ITEM_BYTES
 from shoal.driver.cli_options import add_engine_options, add_field_options
-from shoal.driver.jobs.commands.run_batch import JOB_DEST, job_config
+from shoal.driver.jobs.commands.run_batch import JOB_DEST, job_config, prepare_process
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.outcome import Exit
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     config = job_config(args)
+    prepare_process(args, config)
     plan = make_plan(config, args)
     print(json.dumps(plan, indent=1) if args.json else show(plan))
     return Exit.INVALID_INPUT if plan["rows"]["stops_the_job"] else Exit.COMPLETED

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.driver.jobs.json_text import dump, load
+from shoal.driver.jobs.json_text import dump, load_all
 from shoal.driver.jobs.state.store import StateStore, epoch_of, seal_name
 
 TERMINAL = ("ok", "err")
@@ -29,12 +29,12 @@ class SupersededError(RuntimeError):
 
 
 @dataclass(slots=True)
-class Record:
-    """A record as recovery sees it."""
+class Records:
+    """Records of one epoch as recovery sees them, in their order."""
 
-    meta: dict[str, Any]
-    location: int
     epoch: int
+    metas: list[dict[str, Any]]
+    locations: list[int]
 
 
 class Ledger:
@@ -57,15 +57,20 @@ class Ledger:
         self._writer = store.writer(self.epoch)
         self.num_unsynced = 0
 
-    def records(self) -> Iterator[Record]:
-        """All records of the epochs before this one."""
+    def records(self) -> Iterator[Records]:
+        """All records of the epochs before this one, many at a time: a resumed job waits for each of them."""
         for name, size in self._sealed.items():
             base, epoch = self._places[name] << _OFFSET_BITS, epoch_of(name)
             assert epoch is not None
-            for offset, line in _lines(self._store, name, size):
-                meta = _meta(line)
-                if meta is not None:
-                    yield Record(meta, base | offset, epoch)
+            for offset, lines in _lines(self._store, name, size):
+                bodies, locations, at = [], [], base | offset
+                for line in lines:
+                    if check(line):
+                        bodies.append(line[_CRC_CHARS : line.index(b"\t")])
+                        locations.append(at)
+                    at += len(line) + 1
+                if bodies:
+                    yield Records(epoch, load_all(bodies), locations)
 
     def append(self, meta: dict[str, Any], row: bytes = b"") -> int:
         """Takes a record, which is durable after `sync`; its location. `meta` begins with its type, "t"."""
@@ -115,12 +120,6 @@ def check(line: bytes) -> bool:
     return line[:_CRC_CHARS] == b"%08x " % zlib.crc32(line[_CRC_CHARS:])
 
 
-def _meta(line: bytes) -> dict[str, Any] | None:
-    if not check(line):
-        return None
-    return load(line[_CRC_CHARS : line.index(b"\t")])
-
-
 def _claim_next(store: StateStore) -> int:
     epoch = max(store.epochs(), default=0) + 1
     while True:
@@ -149,20 +148,22 @@ def _whole_length(store: StateStore, name: str, size: int) -> int:
     for window in (_TAIL_BYTES, size):
         start = max(0, size - window)
         length = 0
-        for offset, line in _lines(store, name, size, start):  # the first one is cut, and fails its check
-            if check(line):
-                length = offset + len(line) + 1
+        for offset, lines in _lines(store, name, size, start):  # the first one is cut, and fails its check
+            for line in lines:
+                offset += len(line) + 1
+                if check(line):
+                    length = offset
         if length or not start:
             return length
     return 0
 
 
-def _lines(store: StateStore, name: str, size: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each line that ends, without its end; from `start` on, be it in the middle of a line."""
+def _lines(store: StateStore, name: str, size: int, start: int = 0) -> Iterator[tuple[int, list[bytes]]]:
+    """Lines that end, without their ends, and the offset of the first; from `start` on, be it in the middle of one."""
     offset, rest = start, b""
     for chunk in store.chunks(name, size, start):
-        lines = (rest + chunk).split(b"\n")
+        data = rest + chunk
+        lines = data.split(b"\n")
         rest = lines.pop()
-        for line in lines:
-            yield offset, line
-            offset += len(line) + 1
+        yield offset, lines
+        offset += len(data) - len(rest)

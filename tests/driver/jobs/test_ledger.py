@@ -29,7 +29,7 @@ def put(ledger, *numbers, kind="ok"):
 
 
 def numbers(ledger):
-    return [record.meta["index"] for record in ledger.records()]
+    return [meta["index"] for records in ledger.records() for meta in records.metas]
 
 
 def test_what_is_synced_is_there(new_store):
@@ -45,7 +45,7 @@ def test_what_is_synced_is_there(new_store):
     second = Ledger(new_store())
     assert (second.epoch, numbers(second)) == (2, [0, 1, 2, 3, 4])
     first = next(second.records())
-    assert second.row(first.location) == (False, b'{"n":0}')
+    assert second.row(first.locations[0]) == (False, b'{"n":0}')
     put(second, 6)
     second.sync()
     third = Ledger(new_store())
@@ -202,8 +202,8 @@ def test_large_parts_are_read_piece_by_piece(tmp_path, monkeypatch):
     assert ledger.row(places[3])[1] == b'{"n":3}'  # mapped now, and grown after
     ledger.sync()
     heir = Ledger(Folder(str(tmp_path)))
-    found = list(heir.records())
-    assert [json.loads(heir.row(record.location)[1])["n"] for record in found] == list(range(600))
+    found = [place for records in heir.records() for place in records.locations]
+    assert [json.loads(heir.row(place)[1])["n"] for place in found] == list(range(600))
     assert [ledger.row(place)[1] for place in places[498:502]] == [b'{"n":%d}' % n for n in range(498, 502)]
 
 

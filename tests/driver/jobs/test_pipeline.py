@@ -124,7 +124,9 @@ def test_a_prefix_is_not_read_again(write, reader, model):
         part = Stages(source, model, prefix=Prefix(end, np.arange(end.index) << 1, ids))
         assert sum(table.num_rows for table in part.tables) == 900 - end.index
         settled, *rest = part.chunks()
-        assert [(row.index, row.location) for row in settled.settled] == [(i, i << 1) for i in range(end.index)]
+        assert settled.known.values.tolist() == [i << 1 for i in range(end.index)]
+        assert (settled.num_rows, list(settled.known.indices)) == (end.index, list(range(end.index)))
+        assert (settled.settled, settled.work) == ([], [])
         assert settled.end == Position(), "the ledger has it already"
         expected = [(work.index, work.key) for chunk in whole[cut + 1 :] for work in chunk.work]
         assert [(work.index, work.key) for chunk in rest for work in chunk.work] == expected

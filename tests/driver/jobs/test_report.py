@@ -1,8 +1,10 @@
 """The report: its numbers over several runs, its page, and the counts that both rest on."""
 
+import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from shoal.driver.cli import main
@@ -204,6 +206,20 @@ def test_counts_go_on_where_an_earlier_run_stood():
     assert accounts.resumed == 3
     accounts.forget_unmet()  # two answers and an error are of rows that the input has no more
     assert (accounts.ok, accounts.errors, accounts.error_codes) == (3, 1, {"invalid_prompt": 1})
+
+
+@pytest.mark.parametrize("num_expected", [0, 2, 9])
+def test_many_known_rows_count_like_each_of_them(num_expected):
+    values = np.array([4, 17, 8, 35, 12, 51], np.int64)
+    codes = {17: "invalid_prompt", 35: "engine_killed"}  # nothing is known of 51
+    one, many = Accounts(), Accounts()
+    for accounts in (one, many):
+        accounts.found(num_expected, dict(codes))
+    for value in values.tolist():
+        one.met(value, bool(value & 1))
+    many.met_many(values)
+    assert many == dataclasses.replace(one, started=many.started)
+    assert (many.resumed, many.ok, many.errors) == (6, max(3, num_expected), 3)
 
 
 def test_the_eta_counts_tokens(monkeypatch):
