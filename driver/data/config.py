@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shoal.driver.config import EngineConfig, make_config
 
 _OPEN_FACTOR = 16  # rows in blocks for one slot: the slowest row of a block is many times as long as the mean one
-_BLOCKS_OF_SLOTS = 8  # blocks that make a full batch
+_BLOCKS_OF_SLOTS = 4  # blocks that make a full batch
 _LEAST_ROWS = 32  # of a block
 _MOST_BLOCKS = 512  # each is a thread of the engine's actor
 
@@ -44,8 +44,9 @@ class ProcessorConfig(BaseModel):
     """Extra variables of the chat template."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows of one block. A block leaves when its last row is finished; meanwhile other blocks fill the engine. None: an
-    eighth of the engine's max_num_seqs, at least 32: Ray Data hands over some tens of blocks a second."""
+    """Rows of one block. A block leaves when its last row is finished; meanwhile other blocks fill the engine. None: a
+    quarter of the engine's max_num_seqs, at least 32: Ray Data takes two blocks of a task at a time, a few times a
+    second."""
     max_open_rows: int | None = Field(default=None, ge=1)
     """Rows in blocks that one engine's actor holds at once. None: 16 for each of the engine's max_num_seqs."""
     replicas: int = Field(default=1, ge=1)

@@ -17,7 +17,7 @@ from shoal.driver.placement import PlacementError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-_PREPARE_ROWS = 256  # made ready at once
+_PREPARE_ROWS = 256  # made ready at once, at least; Ray Data starts a few tasks a second
 _ENGINE_CPUS = 0.01
 _POST_CPUS = 0.25
 _READ_CPUS = 1.0  # what Ray Data's own tasks take
@@ -72,7 +72,7 @@ class _Processor:
         # those took longer than the rows. Whole batches, whatever the blocks; out of a task come the engine's blocks.
         ready = dataset.map_batches(
             prepare,
-            batch_size=max(1, _PREPARE_ROWS // size) * size,
+            batch_size=max(1, max(_PREPARE_ROWS, slots) // size) * size,
             batch_format="pyarrow",
             num_cpus=config.prepare_cpus,
             compute=TaskPoolStrategy(),

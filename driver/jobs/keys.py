@@ -147,10 +147,12 @@ def _sorted(high: UInt64, low: UInt32, values: Int64 | None) -> _Run:
 
 
 def _merged(one: _Run, two: _Run) -> _Run:
+    """Of two sorted runs one, without sorting them together: that would take several times the memory for a moment."""
+    places = np.searchsorted(one.high, two.high, side="right")
     values = None
     if one.values is not None and two.values is not None:
-        values = np.concatenate([one.values, two.values])
-    return _sorted(np.concatenate([one.high, two.high]), np.concatenate([one.low, two.low]), values)
+        values = np.insert(one.values, places, two.values)
+    return _Run(np.insert(one.high, places, two.high), np.insert(one.low, places, two.low), values)
 
 
 class Numbers:

@@ -23,6 +23,7 @@ def ids(rows):
     return [row["id"] for row in rows]
 
 
+@pytest.mark.contract
 def test_rows_that_kill_are_put_aside_and_no_other(run, write_rows):
     """Clause 7."""
     rows = [dict(row) for row in ROWS]
@@ -40,6 +41,7 @@ def test_rows_that_kill_are_put_aside_and_no_other(run, write_rows):
     assert report["engines"]["deaths"] <= 10
 
 
+@pytest.mark.contract
 def test_tries_outlive_the_job(run, start, write_rows):
     """Clause 7: The job is killed after two solo deaths of the same row; the next run needs one more, not three."""
     rows = [dict(row) for row in ROWS[:12]]
@@ -59,6 +61,7 @@ def test_tries_outlive_the_job(run, start, write_rows):
     assert [m["id"] for m in again.records("try") if m["alone"]] == ["r5"] * 3
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("seed", [1])
 def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     """Clause 1: Job, driver actors and ranks are killed at random; the same command is started again until it
@@ -98,6 +101,7 @@ def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     assert len(done) == len(set(done)) == 499, "no answer was committed twice"
 
 
+@pytest.mark.contract
 def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_rows, caplog):
     """Clause 2."""
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "note": "x" * 250} for i in range(800)]
@@ -123,6 +127,7 @@ def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_row
     assert changed.report()["rows"]["resumed"] == 799
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_lets_running_rows_finish(start, run, write_rows, number):
     """Clause 11."""
@@ -146,6 +151,7 @@ def test_a_stop_lets_running_rows_finish(start, run, write_rows, number):
     assert ids(again.rows()) == ids(rows)
 
 
+@pytest.mark.contract
 def test_a_second_stop_ends_at_once(start, write_rows):
     """Clause 11."""
     rows = [{"id": f"r{i}", "prompt": "x", "sampling_params": {"max_tokens": 200}} for i in range(30)]
@@ -166,6 +172,7 @@ def test_a_second_stop_ends_at_once(start, write_rows):
     assert ran.status()["status"] == "cancelled"
 
 
+@pytest.mark.contract
 def test_a_job_whose_engines_always_die_fails(run, write_rows, monkeypatch):
     """Clause 8."""
     rows = [{**row, "sampling_params": {"extra_args": {"kill": True}}} for row in ROWS]
@@ -175,6 +182,7 @@ def test_a_job_whose_engines_always_die_fails(run, write_rows, monkeypatch):
     assert ran.report()["engines"]["deaths"] == 4
 
 
+@pytest.mark.contract
 def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
     """Clause 8."""
 
@@ -189,6 +197,7 @@ def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
     assert ran.report()["engines"]["boot_failures"] == 3
 
 
+@pytest.mark.contract
 def test_what_cannot_be_placed_is_refused(run, write_rows):
     """Clause 16."""
     started = time.monotonic()
@@ -202,6 +211,7 @@ def test_what_cannot_be_placed_is_refused(run, write_rows):
     assert "the Ray cluster has 0" in gpus.status()["message"]
 
 
+@pytest.mark.contract
 def test_tokens_add_up(run, write_rows, monkeypatch, tmp_path):
     """Clause 13: What ranks say they made is what was committed and what was wasted; over a stop and a resumed run."""
     folder = tmp_path / "made"
@@ -244,6 +254,7 @@ def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch, tmp_path
     assert ends[1] - ends[0] < 0.05 * span
 
 
+@pytest.mark.contract
 def test_one_of_two_engines_dies(run, write_rows, processes, monkeypatch, load_job, tmp_path):
     """Clause 3: the other one works on while the dead one is made anew."""
     monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
@@ -270,6 +281,7 @@ def test_one_of_two_engines_dies(run, write_rows, processes, monkeypatch, load_j
     assert ran.report()["engines"]["deaths"] == 1
 
 
+@pytest.mark.contract
 def test_nothing_is_left_behind(run, write_rows, processes, tmp_path):
     """Clause 15."""
     import ray
@@ -301,6 +313,7 @@ def test_nothing_is_left_behind(run, write_rows, processes, tmp_path):
     assert handles[2] <= handles[0] + 2, f"open files and sockets after each job: {handles}"
 
 
+@pytest.mark.contract
 def test_a_newer_run_takes_over(start, run, write_rows):
     """Clause 5: Split brain: the first job is frozen, a second completes the work, the first wakes up and must step
     aside."""

@@ -38,6 +38,7 @@ class Watch(threading.Thread):
         return self.seen
 
 
+@pytest.mark.contract
 def test_counts_never_fall(start, run, load_job, write_rows, tmp_path):
     """Clause 20: what the status counts is durable, so that a kill takes nothing of it back."""
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(200)]
@@ -61,6 +62,7 @@ def test_counts_never_fall(start, run, load_job, write_rows, tmp_path):
     assert max(second) == 200
 
 
+@pytest.mark.contract
 def test_a_stop_while_validating(run, write_rows, monkeypatch):
     """Clause 11: reading a long input is no reason to make whoever stops the job wait."""
     from shoal.driver.jobs import scan
@@ -78,6 +80,7 @@ def test_a_stop_while_validating(run, write_rows, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.contract
 def test_a_stop_while_the_output_is_written(run, write_rows, monkeypatch):
     """Clause 11: an output that is not whole never appears; the next run writes it without computing anything."""
     from shoal.driver.jobs import job
@@ -112,6 +115,7 @@ def test_what_nobody_foresaw_is_no_live_job(run, write_rows, monkeypatch, load_j
     assert (status["status"], status["message"]) == ("failed", "RuntimeError: a mistake of ours")
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("when", ["work", "start"])
 def test_a_disk_without_room_for_anything(run, write_rows, monkeypatch, load_job, tmp_path, when):
     """Clause 12: no file of the state can be written for a while. Work waits for room; a job that cannot even begin

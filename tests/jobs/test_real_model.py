@@ -28,6 +28,7 @@ def run_real(ray_cluster, tiny_checkpoint, tmp_path):
     return call
 
 
+@pytest.mark.contract
 def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_path, load_job, processes):
     """Clause 3."""
     rows = [{**row, "sampling_params": {"temperature": 0.9 * (i % 2)}} for i, row in enumerate(ROWS)]
@@ -51,6 +52,7 @@ def test_a_rank_that_dies_in_a_step_changes_no_answer(run_real, write_rows, tmp_
     assert tokens["generated"] == tokens["committed"] + tokens["wasted"]
 
 
+@pytest.mark.contract
 def test_usage_is_what_the_tokenizer_counts(run_real, write_rows, tmp_path, load_job, tiny_checkpoint):
     """Clause 13."""
     ran = load_job(tmp_path / "a.jsonl")

@@ -36,6 +36,7 @@ def test_every_row_is_answered_once(run, write_rows):
     assert tokens["committed"] == 320
 
 
+@pytest.mark.contract
 def test_bad_rows_harm_no_other(run, write_rows):
     """Clause 6."""
     bad = [
@@ -177,6 +178,7 @@ def test_changes_are_noticed(run, write_rows, caplog):
     assert {row["num_generated_tokens"] for row in fresh.rows()} == {9}
 
 
+@pytest.mark.contract
 def test_validation_comes_before_engines(run, write_rows, monkeypatch, caplog):
     """Clause 14."""
     lines = [*ROWS[:3], "no json", ROWS[0], *ROWS[3:]]
@@ -220,6 +222,7 @@ def test_errors_can_be_tried_again(run, write_rows, monkeypatch):
     assert [row["id"] for row in again.rows()] == ["r0", "r1", "r2", "r3", "r4", "bad"]
 
 
+@pytest.mark.contract
 def test_a_full_disk_pauses_a_job(run, write_rows, monkeypatch):
     """Clause 12: Writes fail for a while in the middle of a job; it waits, and then ends as if nothing had been."""
     import errno

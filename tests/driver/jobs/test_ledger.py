@@ -53,6 +53,7 @@ def test_what_is_synced_is_there(new_store):
     assert third.num_torn_bytes == 0
 
 
+@pytest.mark.contract
 def test_a_zombie_is_shut_out(new_store):
     """Clause 5."""
     zombie = Ledger(new_store())
@@ -132,6 +133,7 @@ def test_objects_wait_until_they_are_worth_it():
     assert len(hasty.parts(1)) == 1
 
 
+@pytest.mark.contract
 def test_a_torn_last_line_at_every_byte(tmp_path):
     """Clause 12."""
     lines = [encode({"t": "ok", "index": n}, b'{"text":"a\\tb"}') for n in range(4)]
@@ -154,6 +156,7 @@ def test_a_broken_line_in_the_middle_costs_only_itself(tmp_path):
     assert numbers(Ledger(Folder(str(tmp_path)))) == [0, 2, 3]
 
 
+@pytest.mark.contract
 def test_a_full_disk_harms_nothing(tmp_path, monkeypatch):
     """Clause 12."""
     ledger = Ledger(Folder(str(tmp_path)))
@@ -218,6 +221,7 @@ def test_stores_without_conditional_writes_are_refused(tmp_path):
     assert isinstance(open_store(fsspec.filesystem("memory"), "/x", local=False, rows=1, seconds=1), Objects)
 
 
+@pytest.mark.contract
 def test_the_end_of_a_long_part_is_enough(tmp_path, monkeypatch):
     """Clause 12: a take-over reads a part's end, and all of it where that holds no whole line."""
     from shoal.driver.jobs.state import ledger as module
