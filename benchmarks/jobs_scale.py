@@ -77,7 +77,6 @@ def run_the_job(folder: Path) -> int:
     from shoal.driver.resolve import ResolvedConfig
     from shoal.driver.torch_free import keep_torch_out
 
-    keep_torch_out()  # as the command does
     actor = ray.remote(num_cpus=0, max_concurrency=4)(StubEngine)
 
     class StubClient(Engine):
@@ -88,6 +87,11 @@ def run_the_job(folder: Path) -> int:
             )
 
     class StubModel(RowModel):
+        @classmethod
+        def find(cls, config):
+            keep_torch_out()  # as the command does
+            return super().find(config)
+
         def portable(self):
             return RowModel(self.config, self.resolved, self.tokenizer, self.tokenizer_json).portable()
 

@@ -27,7 +27,7 @@ from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.parts import Parts
-from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables, warm_up
+from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables
 from shoal.driver.jobs.prefix import Position, versions
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
@@ -86,20 +86,16 @@ class Job:
             rows=config.object_rows,
             seconds=config.object_seconds,
         )
+        if not config.fresh and self._store.get(JOB_FILE) is not None:
+            held_ray.begin()  # whoever resumes waits for rows, and whatever else there is to do takes as long
         self._model = make_model(config.engine)
         self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
         self._keys = RowKeys(salt(self._identity))
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
-        self._warm: list[Any] = []
         self._num_faults = 0  # rows that validation found to be errors
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
-
-    def _begin_ray(self) -> None:
-        if self._held_ray.begin():
-            self._stop.listen()  # Ray takes SIGTERM for itself
-            self._warm = warm_up()
 
     def run(self) -> Exit:
         """All of it."""
@@ -221,7 +217,7 @@ class Job:
         with ThreadPoolExecutor(1) as reader:  # a long ledger takes as long to read as Ray takes to start
             reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors, self._since)
             importing = reader.submit(import_library)
-            self._begin_ray()
+            warm = self._held_ray.wait()
             recovered = reading.result()
             importing.result()
         if not same_job:  # rows that changed are computed again: the others count once they are met
@@ -248,7 +244,7 @@ class Job:
             Position() if prefix is None else prefix.end,
         )  # fmt: skip
         intake = Intake(
-            lambda: prepared_tables(recipe, self._warm),
+            lambda: prepared_tables(recipe, warm),
             [file.name for file in self._files],
             Duplicates(self._keys, None if prefix is None else prefix.ids),
             recovered.done,

@@ -49,7 +49,9 @@ class StopRequest:
         self.asked = True
 
     def __enter__(self) -> Self:
-        self.listen()
+        """Takes the signals over. Only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in _CODES}
         return self
 
     def __exit__(
@@ -57,14 +59,6 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Takes the signals over; again after anything else (Ray does) took them. Only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _CODES:
-            handler = signal.signal(number, self._on_signal)
-            self._before.setdefault(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)

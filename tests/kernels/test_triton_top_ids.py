@@ -92,8 +92,8 @@ def test_real_sizes(rows, vocab, dtype) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="is running now")
 def test_in_the_interpreter() -> None:
     """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not gpu", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

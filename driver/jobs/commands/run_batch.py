@@ -9,7 +9,9 @@ import threading
 from typing import Any
 
 from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
+from shoal.driver.config import EngineConfig
 from shoal.driver.jobs.config import JobConfig, load_job, make_job
+from shoal.driver.jobs.model import MakeModel, RowModel
 from shoal.driver.torch_free import keep_torch_out
 
 JOB_DEST = "job."  # keeps a job's fields apart from a command's own arguments
@@ -41,10 +43,15 @@ def job_config(args: argparse.Namespace) -> JobConfig:
     return make_job({**changes, "engine": engine})
 
 
-def prepare_process(args: argparse.Namespace, config: JobConfig) -> None:
-    """A process that is the command's own computes nothing; a model's own code may expect anything."""
-    if args.own_process and not config.engine.trust_remote_code:
+def model_finder(args: argparse.Namespace) -> MakeModel:
+    """RowModel.find, without torch where the process is the command's own: it computes nothing."""
+    return _find_lightly if args.own_process else RowModel.find
+
+
+def _find_lightly(config: EngineConfig) -> RowModel:
+    if not config.trust_remote_code:  # a model's own code may expect anything
         keep_torch_out()
+    return RowModel.find(config)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from shoal.driver.jobs.job import run_job
     from shoal.driver.replica import REPLICA_THREAD
 
-    config = job_config(args)
-    prepare_process(args, config)
-    code = run_job(config)
+    code = run_job(job_config(args), model_finder(args))
     if any(thread.name.startswith(REPLICA_THREAD) for thread in threading.enumerate()):
         # A stop that did not wait: such a thread would meet a Ray that is shut down, whose core then ends the process
         # with a code of its own.

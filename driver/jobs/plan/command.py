@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.driver.bench.floors import ITEM_BYTES
 from shoal.driver.cli_options import add_engine_options, add_field_options
-from shoal.driver.jobs.commands.run_batch import JOB_DEST, job_config, prepare_process
+from shoal.driver.jobs.commands.run_batch import JOB_DEST, job_config, model_finder
 from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.outcome import Exit
 
 if TYPE_CHECKING:
+    from shoal.driver.jobs.model import MakeModel
     from shoal.driver.jobs.plan.survey import Survey
     from shoal.workers.models.spec import ModelSpec
 
@@ -53,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     config = job_config(args)
-    prepare_process(args, config)
     plan = make_plan(config, args)
     print(json.dumps(plan, indent=1) if args.json else show(plan))
     return Exit.INVALID_INPUT if plan["rows"]["stops_the_job"] else Exit.COMPLETED
@@ -71,7 +71,7 @@ def make_plan(config: JobConfig, args: argparse.Namespace) -> dict[str, Any]:
         store, _ = find_state(args.like)
         like = gather(store, load_runs(store))
         store.close()
-    form, spec, dtype, found = _look(config, args.rows, on_gpu=card is not None)
+    form, spec, dtype, found = _look(config, model_finder(args), args.rows, on_gpu=card is not None)
     mean: float | None = args.output_tokens
     if mean is None and like is not None:
         mean = like["lengths"]["output"].get("mean")
@@ -106,13 +106,12 @@ def make_plan(config: JobConfig, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _look(config: JobConfig, most_tokenized: int, on_gpu: bool) -> tuple[str, ModelSpec, str, Survey]:
+def _look(config: JobConfig, find: MakeModel, most_tokenized: int, on_gpu: bool) -> tuple[str, ModelSpec, str, Survey]:
     """The input's form, the model's numbers and dtype, and what is in the input."""
     from shoal.driver.jobs.files import find_inputs
     from shoal.driver.jobs.forms.base import make_form
     from shoal.driver.jobs.identity import job_identity, salt
     from shoal.driver.jobs.keys import RowKeys
-    from shoal.driver.jobs.model import RowModel
     from shoal.driver.jobs.plan.survey import survey
     from shoal.driver.jobs.scan import detect_form
     from shoal.driver.model_config import resolve_dtype
@@ -120,7 +119,7 @@ def _look(config: JobConfig, most_tokenized: int, on_gpu: bool) -> tuple[str, Mo
     files = find_inputs(config.input, config.input_format)
     name = detect_form(files, config.max_line_bytes) if config.form == "auto" else config.form
     form = make_form(name, config)
-    model = RowModel.find(config.engine)
+    model = find(config.engine)
     spec, gguf = model.resolved.spec, model.resolved.load.load_format == "gguf"
     dtype = resolve_dtype(config.engine.dtype, spec, "cuda" if on_gpu else "cpu", gguf)
     keys = RowKeys(salt(job_identity(config, name, files, model.resolved)))
