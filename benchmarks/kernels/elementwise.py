@@ -132,8 +132,10 @@ def batch_cases(rows: int) -> Iterator[Case]:
         order, ids, num_tokens, ended = state()
         blocks = torch.randperm(rows * length // block_size, device=DEVICE).view(rows, -1).int()
         outputs = [ints(torch.int64, rows) for _ in range(3)]
+        temperatures, streams = torch.ones(rows, device=DEVICE), ints(torch.int64, rows, fill=5)
+        wishes = num_tokens // 2, temperatures, streams, temperatures.clone(), streams.clone(), streams.clone()
         return (
-            order, ids, num_tokens, blocks, ended, block_size, *outputs, ints(torch.int32, rows), blocks * 0,
+            order, ids, num_tokens, blocks, ended, block_size, *outputs, ints(torch.int32, rows), blocks * 0, *wishes,
         )  # fmt: skip
 
     def append() -> tuple[Any, ...]:
@@ -142,7 +144,7 @@ def batch_cases(rows: int) -> Iterator[Case]:
         prompts, minimum = ints(torch.int32, rows, fill=1), ints(torch.int64, rows)
         return order, sampled, ids, num_tokens, prompts, minimum, stops, ended, ints(torch.int32, rows)
 
-    yield Case("prepare_decode", f"{rows} rows of {context}", prepare, rows * (8 * context // block_size + 56))
+    yield Case("prepare_decode", f"{rows} rows of {context}", prepare, rows * (8 * context // block_size + 100))
     yield Case("append_decode", f"{rows} rows", append, rows * 82)
 
 

@@ -22,12 +22,19 @@ def _prepare_decode(
     slot_mapping: torch.Tensor,
     seq_lens: torch.Tensor,
     tables_out: torch.Tensor,
+    num_prompt_tokens: torch.Tensor,
+    temperatures: torch.Tensor,
+    streams: torch.Tensor,
+    temperatures_out: torch.Tensor,
+    streams_out: torch.Tensor,
+    generated: torch.Tensor,
 ) -> None:
     """Fill a decode step's inputs from the persistent batch (see workers/state.py): the newest token of each row.
 
     rows int64 [n], places in the batch, -1 for padding. Written: input_ids, positions, slot_mapping int64 [n];
-    seq_lens int32 [n]; tables_out int32 [n, blocks], each row's blocks as far as it has tokens. Padding and ended rows
-    get seq_len 0 and slot -1, so they read and write no cache.
+    seq_lens int32 [n]; tables_out int32 [n, blocks], each row's blocks as far as it has tokens; and what sampling asks
+    of each row: temperatures_out float32 [n], streams_out and generated (tokens so far) int64 [n]. Padding and ended
+    rows get seq_len 0 and slot -1, so they read and write no cache; padding is greedy.
     """
     real = rows >= 0
     place = rows.clamp(min=0)
@@ -40,6 +47,9 @@ def _prepare_decode(
     seq_lens.copy_(torch.where(live, position + 1, 0))
     needed = torch.arange(tables_out.shape[1], device=rows.device) * block_size < seq_lens.unsqueeze(1)
     tables_out.copy_(torch.where(needed, block_tables[place, : tables_out.shape[1]], tables_out))
+    temperatures_out.copy_(torch.where(real, temperatures[place], 0.0))
+    streams_out.copy_(torch.where(real, streams[place], 0))
+    generated.copy_(torch.where(real, (num_tokens[place] - num_prompt_tokens[place]).long(), 0))
 
 
 def _append_decode(
@@ -85,7 +95,12 @@ def _prepare_cases(device: str) -> Iterator[tuple[Any, ...]]:
     seq_lens = torch.full((5,), -7, dtype=torch.int32, device=device)
     tables = torch.full((5, 10), -7, dtype=torch.int32, device=device)
     names = ("rows", "token_ids", "num_tokens", "block_tables", "ended")
-    yield *(batch[name] for name in names), 4, *ids, seq_lens, tables
+    temperatures = torch.tensor([0.0, 0.6, 1.0, 0.25, 2.0, 0.5], device=device)
+    streams = torch.arange(6, device=device) * 0x1E3779B97F4A7C15
+    found = [torch.full((5,), -7.0, device=device)]
+    found += [torch.full((5,), -7, dtype=torch.int64, device=device) for _ in range(2)]
+    wishes = batch["num_prompt_tokens"], temperatures, streams, *found
+    yield *(batch[name] for name in names), 4, *ids, seq_lens, tables, *wishes
 
 
 def _append_cases(device: str) -> Iterator[tuple[Any, ...]]:

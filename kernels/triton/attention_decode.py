@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
-from shoal.kernels.triton.dependent import wait_for_previous
+from shoal.kernels.triton.dependent import prefetch, wait_for_previous
 
 
 @triton.jit
@@ -25,6 +25,23 @@ def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, TILE: tl.constexpr, MI
         stop = tl.load(starts_ptr + row + 1, mask=inside, other=0)
         seq_len = tl.where(stop - start == 1, seq_len, 0)
     return tl.cdiv(seq_len, TILE)
+
+
+@triton.jit
+def _prefetch_cache(
+    first, last, table, key_ptr, value_ptr, kv_base, block_stride, token_stride,
+    BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Asks for keys and values of positions [first, last), AHEAD at most. One of them may just be written: that is as
+    well, since nothing is read."""
+    LINE: tl.constexpr = 1024 // key_ptr.dtype.element_ty.primitive_bitwidth  # elements of a cache line
+    LINES: tl.constexpr = (HEAD_PAD + LINE - 1) // LINE
+    pos = tl.minimum(first + tl.arange(0, AHEAD), last - 1)
+    block = tl.load(table + pos // BLOCK_SIZE).to(tl.int64)
+    at = kv_base + block * block_stride + (pos % BLOCK_SIZE) * token_stride
+    at = at[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, HEAD - 1)[None, :]
+    prefetch(key_ptr + at, DEPENDENT)
+    prefetch(value_ptr + at, DEPENDENT)
 
 
 @triton.jit
@@ -102,7 +119,7 @@ def decode_kernel(
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    MIXED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
@@ -130,7 +147,17 @@ def decode_kernel(
         row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
         before += tl.sum(tiles, 0)
         empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
-    wait_for_previous(DEPENDENT)  # lengths are older than the kernel before this one: see dependent.py
+    # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
+    if DEPENDENT and AHEAD:
+        if begin < end:
+            first = (begin - row_begin) * TILE
+            last = tl.minimum((end - row_begin) * TILE, tl.load(seq_lens_ptr + row))
+            _prefetch_cache(
+                first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
+                kv_head.to(tl.int64) * head_stride, block_stride, token_stride,
+                BLOCK_SIZE, HEAD, HEAD_PAD, AHEAD, DEPENDENT,
+            )  # fmt: skip
+    wait_for_previous(DEPENDENT)
     while row_begin < end:
         token = row
         seq_len = tl.load(seq_lens_ptr + row)

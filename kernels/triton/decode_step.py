@@ -13,6 +13,7 @@ from shoal.kernels.triton.dependent import launch_options, wait_for_previous
 def prepare_decode_kernel(
     rows_ptr, token_ids_ptr, num_tokens_ptr, tables_ptr, ended_ptr,
     input_ids_ptr, positions_ptr, slots_ptr, seq_lens_ptr, tables_out_ptr,
+    num_prompt_ptr, temperatures_ptr, streams_ptr, temperatures_out_ptr, streams_out_ptr, generated_ptr,
     tokens_stride, table_stride, out_stride, block_size, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -22,8 +23,14 @@ def prepare_decode_kernel(
         tl.store(positions_ptr + i, 0)
         tl.store(slots_ptr + i, -1)
         tl.store(seq_lens_ptr + i, 0)
+        tl.store(temperatures_out_ptr + i, 0.0)
+        tl.store(streams_out_ptr + i, 0)
+        tl.store(generated_ptr + i, 0)
         return
     position = tl.load(num_tokens_ptr + row).to(tl.int64) - 1
+    tl.store(temperatures_out_ptr + i, tl.load(temperatures_ptr + row))
+    tl.store(streams_out_ptr + i, tl.load(streams_ptr + row))
+    tl.store(generated_ptr + i, position + 1 - tl.load(num_prompt_ptr + row))
     tl.store(input_ids_ptr + i, tl.load(token_ids_ptr + row * tokens_stride + position).to(tl.int64))
     tl.store(positions_ptr + i, position)
     if tl.load(ended_ptr + row) != 0:
@@ -79,6 +86,12 @@ def prepare_decode(
     slot_mapping: torch.Tensor,
     seq_lens: torch.Tensor,
     tables_out: torch.Tensor,
+    num_prompt_tokens: torch.Tensor,
+    temperatures: torch.Tensor,
+    streams: torch.Tensor,
+    temperatures_out: torch.Tensor,
+    streams_out: torch.Tensor,
+    generated: torch.Tensor,
 ) -> None:
     """See kernels/ops/decode_step.py."""
     prepare_decode_kernel[(rows.shape[0],)](
@@ -92,6 +105,12 @@ def prepare_decode(
         slot_mapping,
         seq_lens,
         tables_out,
+        num_prompt_tokens,
+        temperatures,
+        streams,
+        temperatures_out,
+        streams_out,
+        generated,
         token_ids.stride(0),
         block_tables.stride(0),
         tables_out.stride(0),

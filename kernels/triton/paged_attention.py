@@ -17,7 +17,8 @@ from shoal.kernels.triton.dependent import launch_options
 _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
-_PART_VALUES = 2048  # of cut rows, added up at once
+_PART_VALUES = 4096  # of cut rows, added up at once
+_AHEAD = 64  # positions whose keys and values a program asks for before it may begin
 _MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
 _REGISTERS = 65536  # of a multiprocessor
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
@@ -166,6 +167,7 @@ def decode(
         ROWS=_ROWS,
         HEADS=heads_pad,
         PARTS=max(2, min(32, _PART_VALUES // (heads_pad * head_pad))),
+        AHEAD=_AHEAD,
         MIXED=mixed,
         PRECISION="ieee",
         num_warps=config.warps,

@@ -145,42 +145,68 @@ def test_float32_in_small_chunks_and_a_small_cache(variant, expected, tiny_check
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bfloat16_parts_only_at_near_ties(variant, tiny_checkpoint, local_llm) -> None:
-    """Against float32 on the CPU, the same (bfloat16) weights; margins as in tests/e2e/test_smollm2.py."""
+def test_bfloat16_is_as_exact_as_transformers(variant, tiny_checkpoint, local_llm) -> None:
+    """Against float32 on the CPU with the same (bfloat16) weights, in spacings of bfloat16 at the best logit.
+
+    tests/e2e/test_smollm2.py lets greedy rows part where the best two lie within 2 spacings. These models' logits are
+    too small for that: their differences err by 0.65 to 1.1 spacings (root mean square) whoever computes them, and
+    transformers' own choices part at up to 4.8. So the measure is what transformers errs by, on the same card.
+    """
     family, changes = VARIANTS[variant]
     folder = tiny_checkpoint(family, dtype="bfloat16", **changes)
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     reference = local_llm(folder, device="cpu", dtype="float32").generate(prompts(), params, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in reference]
-    logits = reference_logits(folder, [p + t for p, t in zip(prompts(), tokens, strict=True)])
-    llm = local_llm(folder, device="cuda", dtype="bfloat16")
-    for ours, prompt, theirs, rows in zip(
-        llm.generate(prompts(), params, use_tqdm=False), prompts(), tokens, logits, strict=True
-    ):
-        for step, (found, wanted) in enumerate(zip(ours.outputs[0].token_ids, theirs, strict=True)):
-            if found != wanted:
-                best = rows[len(prompt) - 1 + step].topk(2).values
-                spacing = 2.0 ** (math.floor(math.log2(abs(float(best[0])))) - 7)
-                assert float(best[0] - best[1]) <= 2 * spacing
-                break
     forced = [prompt + row for prompt, row in zip(prompts(), tokens, strict=True)]
-    scored = llm.generate(forced, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-    differences = []
-    for prompt, output, row, output32 in zip(prompts(), scored, tokens, reference, strict=True):
-        for step, token in enumerate(row):
-            exact = output32.outputs[0].logprobs[step][token].logprob
-            differences.append(abs(output.prompt_logprobs[len(prompt) + step][token].logprob - exact))
-    different = torch.tensor(differences)
-    assert float(different.median()) <= 0.03
-    assert float(different.quantile(0.99)) <= 0.25
+    exact = generated_part(logits_of(folder, forced, torch.float32, "cpu"))
+    theirs = differences(generated_part(logits_of(folder, forced, torch.bfloat16, "cuda")), exact)
+    llm = local_llm(folder, device="cuda", dtype="bfloat16", max_logprobs=-1)
+    scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=-1)
+    scored = [every_logprob(output.prompt_logprobs) for output in llm.generate(forced, scoring, use_tqdm=False)]
+    ours = differences(generated_part(scored), exact)
+    assert float(ours.square().mean().sqrt()) <= 1.1 * float(theirs.square().mean().sqrt())
+    widest = max(2.0, 4 * float(theirs.square().mean().sqrt()))
+    for output, row, logits in zip(llm.generate(prompts(), params, use_tqdm=False), tokens, exact, strict=True):
+        found = list(output.outputs[0].token_ids)
+        parted = next((step for step in range(NUM_TOKENS) if found[step] != row[step]), None)
+        if parted is not None:
+            best, chosen = logits[parted].max(), logits[parted, found[parted]]
+            assert float(best - chosen) <= widest * spacing(float(best))
 
 
-def reference_logits(folder: str, sequences: list[list[int]]) -> list[Any]:
+def spacing(value: float) -> float:
+    """Of bfloat16 numbers there."""
+    return 2.0 ** (math.floor(math.log2(abs(value))) - 7)
+
+
+def generated_part(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of [positions, vocab], the positions whose next token was generated."""
+    return [row[len(prompt) - 1 : -1] for prompt, row in zip(prompts(), rows, strict=True)]
+
+
+def differences(found: list[torch.Tensor], exact: list[torch.Tensor]) -> torch.Tensor:
+    """By how much logits, taken from that of the likeliest id, are off, in spacings there."""
+    off = []
+    for ours, row in zip(found, exact, strict=True):
+        best = row.argmax(dim=1, keepdim=True)
+        scale = torch.tensor([[spacing(float(value))] for value in row.gather(1, best)])
+        off.append(((ours - ours.gather(1, best)) - (row - row.gather(1, best))) / scale)
+    return torch.cat(off)
+
+
+def every_logprob(entries: list[Any]) -> torch.Tensor:
+    """Log-probabilities [positions, vocab], each of what follows the position; the last one is not known."""
+    rows = [[entry[token].logprob for token in range(len(entry))] for entry in entries[1:]]
+    return torch.tensor([*rows, [math.nan] * len(rows[0])])
+
+
+def logits_of(folder: str, sequences: list[list[int]], dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """By transformers: [positions, vocab] of each sequence."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0] for ids in sequences]
+        return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
 
 
 def test_every_family_is_here(tiny_checkpoint) -> None:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from shoal.kernels.ops.best_of_part import id_of
 from shoal.kernels.registry import OPS, load_op
 
 IMPLEMENTED = [name for name in OPS if "triton" in load_op(name).implementations]
@@ -31,6 +32,16 @@ def outputs(result, arguments):
     return [t for t in (*returned, *arguments) if isinstance(t, torch.Tensor)]
 
 
+def assert_same_best(found, expected) -> None:
+    """Results of best_of_part: the ids, and the scores to their last bit but one.
+
+    The noise is two logarithms, Triton's and torch's, which round differently (torch's own differ between CPU and GPU):
+    on an H100 13% of the noise above 2 differs in its last bit, and none by more. bfloat16's cases have such a row.
+    """
+    assert torch.equal(id_of(found), id_of(expected))
+    assert ((found >> 32) - (expected >> 32)).abs().max() <= 2
+
+
 def check(name: str, dtype: str, device: str, monkeypatch) -> None:
     op = load_op(name)
     run = op.get("triton")
@@ -46,6 +57,8 @@ def check(name: str, dtype: str, device: str, monkeypatch) -> None:
             assert a.dtype == b.dtype
             if a.is_floating_point():
                 torch.testing.assert_close(b, a, atol=DTYPES[dtype], rtol=DTYPES[dtype], equal_nan=True)
+            elif name == "best_of_part" and a is expected[0]:
+                assert_same_best(b, a)
             else:
                 assert torch.equal(a, b), name
 

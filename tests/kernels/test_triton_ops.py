@@ -310,15 +310,17 @@ def decode(implementation: str, device: str, block_size: int, blocks: int) -> li
     seq_lens, out = (torch.full((7,), -7, dtype=torch.int32, device=device) for _ in range(2))
     tables = torch.full((7, blocks), -7, dtype=torch.int32, device=device)
     state = [batch[name] for name in ("token_ids", "num_tokens", "block_tables", "ended")]
+    temperatures, streams = torch.arange(8, device=device) * 0.3, torch.arange(8, device=device) << 40
+    found = [torch.full((7,), -7.0, device=device), *(torch.full((7,), -7, device=device) for _ in range(2))]
     history = []
     for step in range(4):
-        prepare(rows, *state, block_size, *longs, seq_lens, tables)
+        prepare(rows, *state, block_size, *longs, seq_lens, tables, prompts, temperatures, streams, *found)
         sampled = torch.tensor([50, 50, 60 + step, 50, 51 if step == 2 else 9, 50, 3], device=device)
         append(
             rows, sampled, batch["token_ids"], batch["num_tokens"], prompts, batch["min_tokens"], batch["stop_ids"],
             batch["ended"], out,
         )  # fmt: skip
-        history.append([t.clone() for t in (*state, *longs, seq_lens, tables, out)])
+        history.append([t.clone() for t in (*state, *longs, seq_lens, tables, *found, out)])
     return history
 
 

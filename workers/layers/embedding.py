@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import embedding
 
+from shoal.kernels.ops.embed import embed
 from shoal.kernels.ops.linear import linear
 from shoal.workers.layers.parameter import WeightParameter, check_shape, copy_into, load_replicated
 
@@ -32,12 +33,8 @@ class VocabParallelEmbedding(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 [num_tokens] -> [num_tokens, embedding_dim], the same on every rank. Ids are < vocab_size."""
-        if self.tp.world_size == 1:
-            return embedding(input_ids, self.weight)
-        local = input_ids - self.first
-        foreign = (local < 0) | (local >= self.rows)
-        output = embedding(local.masked_fill(foreign, 0), self.weight)
-        return self.tp.all_reduce(output.masked_fill(foreign.unsqueeze(-1), 0.0))
+        output = embed(input_ids, self.weight, self.first)
+        return output if self.tp.world_size == 1 else self.tp.all_reduce(output)
 
     def _load(self, param: WeightParameter, source: TensorSource, shard_id: int | None) -> None:
         assert shard_id is None

@@ -62,7 +62,9 @@ class RotaryAttention(torch.nn.Module):
             self.num_heads,
         )
         if pick and batch.sampling_rows is not None:
-            query, metadata = query[batch.sampling_tokens], metadata.of_last_tokens(batch.sampling_rows)
+            # In this order: attention looks at lengths and tables while the kernel before it still runs.
+            metadata = metadata.of_last_tokens(batch.sampling_rows)
+            query = query[batch.sampling_tokens]
         return self.attn.attend(query, metadata, kv_cache)
 
 
