@@ -181,6 +181,8 @@ class Gang:
         num_blocks, max_model_len = count_blocks(config, free, block_bytes, max_model_len)
         num_blocks = min(num_blocks, most_blocks or num_blocks)
         group.run("allocate_kv", num_blocks)
+        if device == "cuda":
+            group.run("try_steps")
         self._watchdog = Watchdog(group, self.epoch, limit_s, FIRST_STEPS_FACTOR * limit_s, self._on_death)
         self.channel = self._watchdog.channel(group.open_channel(config.step_channel))
         burst = CPU_DECODE_BURST if device == "cpu" else GPU_DECODE_BURST

@@ -138,6 +138,14 @@ class Worker:
             compile_kernels(self.runner)
         return {"load_s": seconds, "weight_bytes": self.runner.weight_bytes(), "block_bytes": self.runner.block_bytes()}
 
+    def try_steps(self) -> None:
+        """Once there is a cache: what the first steps would have to wait for. Custom processors see real rows only, and
+        stages of a pipeline would have to be told."""
+        from shoal.workers.warm_up import try_steps
+
+        if self.runner.stage.count == 1 and not self.runner.sampling.has_processors:
+            try_steps(self.runner)
+
     def free_memory(self) -> None:
         """Take plans again after one that did not fit the memory; the next ones tell of all rows anew."""
         self._failure = None

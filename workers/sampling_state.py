@@ -92,6 +92,11 @@ class SamplingState:
         self.stop_ids = torch.full((max_num_seqs, _STOP_ID_COLUMNS), -1, dtype=torch.int64, device=device)
         self._planned: tuple[list[int], BatchPlan] | None = None
 
+    @property
+    def has_processors(self) -> bool:
+        """Whether there are custom logits processors."""
+        return bool(self._processors)
+
     def add(self, row: int, sampling: RowSampling, token_ids: npt.NDArray[np.int32], num_prompt_tokens: int) -> None:
         """Makes `row` a new request's, or again the same one's.
 

@@ -117,6 +117,9 @@ class StubWorker(Worker):
     def probe(self, device):
         return whereabouts() | {"num_cpus": 1, "gpus": ray.get_gpu_ids()}
 
+    def try_steps(self) -> None:
+        pass
+
     def setup(self, config, processors, init_method, timeout_s):
         folder = os.environ.get("SHOAL_STUB_TOKENS")
         tokens_file = None
