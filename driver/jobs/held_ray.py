@@ -21,6 +21,7 @@ class HeldRay:
         self._address = address
         self._thread: ThreadPoolExecutor | None = None
         self._opening: Future[list[Any]]
+        self._held = False
 
     def begin(self) -> None:
         """Has it begin, unless it has; that takes seconds, in which something else may be done."""
@@ -38,6 +39,7 @@ class HeldRay:
 
         logging.getLogger("ray._private.worker").addFilter(_is_news)
         hold_ray(self._address)
+        self._held = True
         return warm_up()
 
     def end(self) -> None:
@@ -46,7 +48,9 @@ class HeldRay:
 
         if self._thread is not None:
             thread, self._thread = self._thread, None
-            if self._opening.exception() is None:
+            self._opening.exception()  # waits
+            if self._held:
+                self._held = False
                 release_ray()
             thread.shutdown()
 
