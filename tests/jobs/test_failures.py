@@ -236,7 +236,7 @@ def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch, tmp_path
     folder = tmp_path / "made"
     folder.mkdir()
     monkeypatch.setenv("SHOAL_STUB_TOKENS", str(folder))  # a file a rank, written in every step
-    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.01")
+    monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
     rows = [
         {"id": f"r{i}", "prompt": f"prompt {i}", "sampling_params": {"max_tokens": 20 if i < 600 else 2}}
         for i in range(700)
