@@ -15,7 +15,7 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
-from shoal.driver.jobs.state.ledger import TERMINAL, Ledger, Records
+from shoal.driver.jobs.state.ledger import Ledger, Records
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.outputs import make_output
 
@@ -43,11 +43,9 @@ class _Settled:
         self._found, self._prefix, self._accounts = found, prefix, accounts
         self.errors: dict[bytes, tuple[int, str]] = {}
 
-    def add(self, records: Records) -> None:
-        """Takes in those that are of rows with an answer or an error."""
-        metas, values = records.metas, [location << 1 for location in records.locations]
-        if not all(meta["t"] == "ok" for meta in metas):
-            metas, values = self._apart(metas, values)
+    def add(self, records: Records) -> list[dict[str, Any]]:
+        """Takes in those that are of rows with an answer or an error; the others."""
+        metas, values, others = self._apart(records)
         if self._prefix.counts(records.epoch):
             self._prefix.settled([meta["index"] for meta in metas], values, [meta["id"] for meta in metas])
         if len(self.errors):
@@ -56,20 +54,22 @@ class _Settled:
         self._found.done.extend(bytes.fromhex("".join([meta["key"] for meta in metas])), values)
         reasons = [meta.get("finish_reason") for meta in metas]
         self._accounts.answered_before([meta["usage"] for meta in metas], reasons)
+        return others
 
-    def _apart(self, metas: list[dict[str, Any]], values: list[int]) -> tuple[list[dict[str, Any]], list[int]]:
-        """Answers and errors, without records of other kinds; the errors are kept."""
-        rows, theirs = [], []
-        for meta, value in zip(metas, values, strict=True):
-            if meta["t"] == "ok":
-                theirs.append(value)
-            elif meta["t"] == "err":
-                theirs.append(value | 1)
-                self.errors[bytes.fromhex(meta["key"])] = value | 1, sys.intern(meta["code"])
-            else:
+    def _apart(self, records: Records) -> tuple[list[dict[str, Any]], list[int], list[dict[str, Any]]]:
+        """Answers and errors, their values, and the records of other kinds; the errors are kept."""
+        rows, values, others = [], [], []
+        for meta, location in zip(records.metas, records.locations, strict=True):
+            value = location << 1
+            if meta["t"] == "err":
+                value |= 1
+                self.errors[bytes.fromhex(meta["key"])] = value, sys.intern(meta["code"])
+            elif meta["t"] != "ok":
+                others.append(meta)
                 continue
             rows.append(meta)
-        return rows, theirs
+            values.append(value)
+        return rows, values, others
 
     def open_errors(self) -> dict[bytes, tuple[int, str]]:
         """Errors of rows that no later run answered."""
@@ -82,11 +82,8 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool, since: int |
     found, prefix = Recovered(), PrefixFinder(since)
     settled = _Settled(found, prefix, accounts)
     for records in ledger.records():
-        settled.add(records)
-        for meta in records.metas:
+        for meta in settled.add(records):
             kind = meta["t"]
-            if kind in TERMINAL:
-                continue
             if kind == POSITION:
                 if prefix.counts(records.epoch):
                     prefix.position(meta)

@@ -17,7 +17,6 @@ from typing import Any
 from shoal.driver.jobs.json_text import dump, load_all
 from shoal.driver.jobs.state.store import StateStore, epoch_of, seal_name
 
-TERMINAL = ("ok", "err")
 _OFFSET_BITS = 40
 _ERROR_MARK = b'{"t":"err"'
 _CRC_CHARS = 9  # eight digits and a space
