@@ -67,7 +67,7 @@ class Intake:
             first = starter.submit(next, tables, None)  # tasks start while rows that need none are told of
             if self._prefix is not None:
                 known, self._prefix = self._prefix.values, None  # it may be large
-                yield Scanned(Position(), Known(0, known))
+                yield Scanned(Position(), Known(known))
             for table in itertools.chain([] if first.result() is None else [first.result()], tables):
                 yield from self._scanned_of(table, index)
                 index += table.num_rows

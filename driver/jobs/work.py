@@ -54,15 +54,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Rows of the input that were not read, since the ledger has them all; millions, maybe, and so no objects."""
+    """The first rows of the input, not read since the ledger has them all; millions, maybe, and so no objects."""
 
-    first: int  # index of the first one
     values: Int64  # of each: location of its record << 1 | whether it is an error
 
     @property
     def indices(self) -> range:
         """Of its rows."""
-        return range(self.first, self.first + len(self.values))
+        return range(len(self.values))
 
 
 @dataclass(slots=True)
