@@ -178,13 +178,16 @@ def forge():
 
 @pytest.fixture
 def start(ray_cluster, fields, forge, tmp_path):
-    """start(source, stub=..., **fields) -> Ran whose process has been started and joins the tests' cluster."""
+    """start(source, stub=..., **fields) -> Ran whose process has been started and joins the tests' cluster.
+
+    `forked=False`: with a Python of its own, from its first line on.
+    """
     import ray
     import yaml
 
     processes = []
 
-    def call(source, *, stub=True, env=(), **changes):
+    def call(source, *, stub=True, forked=True, env=(), **changes):
         made = fields(source, **changes)
         path = tmp_path / f"job-{len(processes)}.yaml"
         path.write_text(yaml.safe_dump(made))
@@ -192,10 +195,10 @@ def start(ray_cluster, fields, forge, tmp_path):
         ran.log = path.with_suffix(".log")
         arguments = ["run-batch", str(path), "--address", ray.get_runtime_context().gcs_address]
         environment = {**os.environ, "SHOAL_STUB_STEP_S": "0.01", **dict(env)}
-        if stub:
+        if stub and forked:
             ran.process = forge(arguments, environment, str(ran.log))
         else:
-            command = [sys.executable, "-m", "shoal", *arguments]
+            command = [sys.executable, *([str(STUB / "stub_cli.py")] if stub else ["-m", "shoal"]), *arguments]
             with ran.log.open("w") as log:
                 ran.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         processes.append(ran.process)

@@ -39,7 +39,8 @@ def ray_logs(ray_cluster):
 def test_no_trace_of_a_token(start, run, write_rows, tmp_path, ray_logs, monkeypatch, caplog):
     secrets = (IN_ENVIRONMENT, IN_CONFIG)
     source = write_rows([*ROWS, {"id": "bad", "prompt": "x", "sampling_params": {"temperature": -1}}])
-    ran = start(source, env={"HF_TOKEN": IN_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "debug"})
+    monkeypatch.setenv("SHOAL_STUB_RUNTIME_ENV", "1")  # which Ray logs
+    ran = start(source, forked=False, env={"HF_TOKEN": IN_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "debug"})
     assert ran.end() == Exit.COMPLETED, ran.log.read_text()
     assert "completed: 20 rows answered" in ran.log.read_text()
 

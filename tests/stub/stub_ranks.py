@@ -115,13 +115,16 @@ class Told:
     """Stands for an actor class whose actors get first of all what this process's environment has for stubs.
 
     In place of a runtime_env, with which Ray needs two seconds, and not one, for an actor's process. The cluster's
-    processes have the rest of the environment already: they were started by a process that has it.
+    processes have the rest of the environment already: they were started by a process that has it. Where a
+    runtime_env is what a test is about, SHOAL_STUB_RUNTIME_ENV says so.
     """
 
     def __init__(self, actor_class, **options) -> None:
         self._class, self._options = actor_class, options
 
     def options(self, runtime_env=None, **options):
+        if "SHOAL_STUB_RUNTIME_ENV" in os.environ:
+            options["runtime_env"] = runtime_env
         return Told(self._class, **options)
 
     def remote(self, *arguments):
