@@ -120,7 +120,7 @@ def test_decode(heads, kv_heads, size, block_size, device, dtype) -> None:
 @pytest.mark.parametrize("lengths", [[1], [255], [256], [1500], [700, 1, 900], [1200] * 3, [64] * 40, [1] * 70])
 def test_rows_cut_and_whole(lengths, device, dtype) -> None:
     """One long row over all programs; rows that end where a share does; more rows than a program looks at at once."""
-    if sum(lengths) > 256:
+    if sum(lengths) > 256 or len(lengths) > 60:
         skip_half(device, dtype)
     compare([(1, length) for length in lengths], 4, 2, 16, 16, device=device, dtype=dtype, spare=24)
 
