@@ -22,6 +22,7 @@ from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
 from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.state import digest
 from shoal.workers.actor import ACTOR_OPTIONS, Worker, whereabouts
 from shoal.workers.plan import StepOutput
 
@@ -199,6 +200,7 @@ def spare(group) -> None:
 def install() -> Any:
     """Engines that this process starts have stub ranks from now on; what they had before."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors' processes do not know this folder
+    digest._RECORDS, digest._AT_ONCE = 64, 16  # jobs of tests have few rows, and ends of all kinds
     before = engine_module.RemoteDriver
     engine_module.RemoteDriver = remote_driver()
     return before
