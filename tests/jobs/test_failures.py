@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -232,10 +233,15 @@ def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
 
 
 @pytest.mark.contract
-def test_what_cannot_be_placed_is_refused(run, write_rows):
+def test_what_cannot_be_placed_is_refused(run, write_rows, stub_model, tmp_path_factory):
     """Clause 16."""
+    wide = shutil.copytree(stub_model, tmp_path_factory.mktemp("wide") / "model")
+    config = json.loads((wide / "config.json").read_text())
+    heads = {"num_attention_heads": 300, "num_key_value_heads": 300, "hidden_size": 2400, "intermediate_size": 2400}
+    (wide / "config.json").write_text(json.dumps(config | heads))
     started = time.monotonic()
-    ran = run(write_rows(ROWS), engine={"tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2})
+    engine = {"model": str(wide), "tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2}
+    ran = run(write_rows(ROWS), engine=engine)
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
