@@ -74,13 +74,13 @@ def test_shapes(heads, kv_heads, size, block_size, normed, device, dtype) -> Non
     """Groups of 1 to 32 heads, head sizes that fill their power of two or not."""
     if device == "cpu" and (dtype == torch.float16 or normed == (size == 64)):
         pytest.skip("the interpreter takes seconds for each")
-    lengths = (1, 2, 16, 17, 32, 33, 65, 200)
+    lengths = (1, 2, 16, 17, 33, 140)
     compare(lengths, heads, kv_heads, size, block_size, normed=normed, device=device, dtype=dtype)
 
 
 @everywhere
 @pytest.mark.parametrize(
-    "lengths", [[1], [256], [257], [1500], [700, 1, 900], [1200] * 3, [1] * 70, [0, 5, 0, 400, 0], [0, 0], [90, 0]]
+    "lengths", [[1], [128], [257], [700], [400, 1, 300], [1] * 70, [0, 5, 0, 300, 0], [0, 0], [90, 0]]
 )
 def test_rows_cut_and_whole(lengths, device, dtype) -> None:
     """One long row over all programs; a part with the newest position alone; padding."""
@@ -89,18 +89,18 @@ def test_rows_cut_and_whole(lengths, device, dtype) -> None:
 
 @everywhere
 def test_any_tile_and_share(device, dtype, monkeypatch) -> None:
-    for tile in (16, 32):
-        for programs in (1, 5):
-            for least in (1, 48):
-                config = kernels.DecodeConfig(tile, 4, 2, programs, least)
-                monkeypatch.setattr(kernels, "FUSED_RULES", ((4, 1024, config), (2, 1024, config)))
-                compare((1, 15, 16, 17, 130, 64, 7), 4, 2, 32, 8, normed=True, device=device, dtype=dtype)
+    if device == "cpu" and dtype == torch.float16:
+        pytest.skip("float32 has these")
+    for tile, programs, least in ((16, 5, 1), (32, 5, 1), (32, 1, 48)):
+        config = kernels.DecodeConfig(tile, 4, 2, programs, least)
+        monkeypatch.setattr(kernels, "FUSED_RULES", ((4, 1024, config), (2, 1024, config)))
+        compare((1, 15, 16, 17, 90, 64, 7), 4, 2, 32, 8, normed=True, device=device, dtype=dtype)
 
 
 @everywhere
 def test_as_the_two_ops_that_it_replaces(device, dtype) -> None:
     """Keys, values and queries are rounded at the same places: what is written is equal to the last bit or nearly."""
-    lengths = [(1, 40, 63, 64, 65, 300)[i % 6] for i in range(12)]
+    lengths = [1, 40, 63, 64, 65, 150]
     arguments = step(lengths, 4, 2, 128, 16, normed=True, device=device, dtype=dtype)
     qkv, *norms, table, keys, values, seq_lens, tables, scale, longest, heads = arguments
     found, new_keys, new_values = run(kernels.decode_attention, arguments)
@@ -112,7 +112,9 @@ def test_as_the_two_ops_that_it_replaces(device, dtype) -> None:
     assert_close(found, expected)
     assert torch.equal(new_values.nan_to_num(), values.nan_to_num())
     spacing = torch.finfo(dtype).eps
-    torch.testing.assert_close(new_keys, keys, rtol=2 * spacing, atol=4 * torch.finfo(torch.float32).eps, equal_nan=True)
+    torch.testing.assert_close(
+        new_keys, keys, rtol=2 * spacing, atol=4 * torch.finfo(torch.float32).eps, equal_nan=True
+    )
 
 
 @pytest.mark.gpu
