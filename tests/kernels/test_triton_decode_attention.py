@@ -46,8 +46,9 @@ def step(lengths, heads, kv_heads, size, block_size, *, normed, device, dtype, s
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     qkv[seq_lens == 0] = float("nan")
     angles = torch.randn(longest, size // 2, generator=generator) * 5
-    table = (torch.cat([angles.cos(), angles.sin()], dim=1) * 1.5).to(device)
-    weights = (torch.randn(2, size, generator=generator) + 1).to(device, dtype) if normed else (None, None)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1).to(device)
+    # Scores as they are in models: the reference rounds them to the type, which with large ones is more than ours errs.
+    weights = (torch.randn(2, size, generator=generator) / 4 + 1).to(device, dtype) if normed else (None, None)
     return qkv, *weights, 1e-6, table, keys, values, seq_lens, tables, scale, 4 * longest, heads
 
 
