@@ -158,6 +158,8 @@ class Engine:
             placing = driver.place.remote(self._place)
             model, _, tokenizer_json = self._get_model()
             check_model_len(config, model.spec)
+            model.spec.check_tensor_parallel(config.tensor_parallel_size)  # before that many processes have started
+            model.spec.check_pipeline_parallel(config.pipeline_parallel_size)
             self._process = ask(placing)
             self.resolved: ResolvedConfig = ask(driver.start.remote(model.spec, model.load, tokenizer_json))
             if self._silence_s is not None:

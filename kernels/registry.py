@@ -28,6 +28,7 @@ OPS = {
     "rotary": "shoal.kernels.ops.rotary:rotary",
     "sample": "shoal.kernels.ops.sampling:sample",
     "sample_filtered": "shoal.kernels.ops.sampling:sample_filtered",
+    "sample_nucleus": "shoal.kernels.ops.sampling:sample_nucleus",
     "sample_rows": "shoal.kernels.ops.sample_rows:sample_rows",
     "store_kv": "shoal.kernels.ops.store_kv:store_kv",
     "sum_add_norm": "shoal.kernels.ops.sum_add_norm:sum_add_norm",

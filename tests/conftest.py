@@ -278,8 +278,11 @@ def ray_cluster():
     """One local Ray with 2 CPUs for the session; engines join it."""
     import ray
 
+    from shoal.driver import engine
+
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING", object_store_memory=200 << 20
     )
+    engine._inherited_env.update(engine.environment())  # as where an engine starts Ray: its processes start sooner
     yield
     ray.shutdown()

@@ -20,11 +20,21 @@ README = (ROOT / "README.md").read_text()
 PROMPTS = [json.loads(line) for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
 
 
-def run_example(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_example(name: str, *arguments: str, cwd: Path, address: str = "") -> subprocess.CompletedProcess[str]:
+    """Without an address it starts a Ray of its own, as a newcomer's does."""
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    # The suite's own cache size is for tiny models; the cluster that other tests share is not the newcomer's.
+    # The suite's own cache size is for tiny models.
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"SHOAL_CPU_KVCACHE_SPACE": "1"}
+    env |= {"RAY_ADDRESS": address} if address else {}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture
+def address(ray_cluster) -> str:
+    """Of the cluster that tests share. offline_generate.py and `make demo`'s commands do without."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +138,16 @@ def test_offline_generate(weights, tmp_path):
     assert [ast.literal_eval(line.split(" -> ")[0])[:5] for line in lines] == ["Hello", "The c", "The f"]
 
 
-def test_chat(weights, tmp_path):
-    result = run_example("chat.py", weights, cwd=tmp_path)
+def test_chat(weights, tmp_path, address):
+    result = run_example("chat.py", weights, cwd=tmp_path, address=address)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if " -> " in line]
     assert len(lines) == 3
     assert "Paris" in lines[0]
 
 
-def test_batch_errors(weights, tmp_path):
-    result = run_example("batch_errors.py", weights, cwd=tmp_path)
+def test_batch_errors(weights, tmp_path, address):
+    result = run_example("batch_errors.py", weights, cwd=tmp_path, address=address)
     assert result.returncode == 0, result.stderr
     rows = dict(re.findall(r"^row (\d): (.*)$", result.stdout, re.MULTILINE))
     assert len(rows) == 5
@@ -149,8 +159,8 @@ def test_batch_errors(weights, tmp_path):
     assert "on_error='raise': ValueError: " in result.stdout
 
 
-def test_ray_data(weights, tmp_path):
-    result = run_example("ray_data.py", weights, cwd=tmp_path)
+def test_ray_data(weights, tmp_path, address):
+    result = run_example("ray_data.py", weights, cwd=tmp_path, address=address)
     assert result.returncode == 0, result.stderr
     rows = dict(re.findall(r"^'(\w*)' -> (.*)$", result.stdout, re.MULTILINE))
     assert set(rows) == {"France", "Italy", "", "Japan"}
@@ -158,8 +168,8 @@ def test_ray_data(weights, tmp_path):
     assert rows[""] == "'ValueError: the row names no country'"
 
 
-def test_logits_processor(weights, tmp_path):
-    result = run_example("logits_processor.py", weights, cwd=tmp_path)
+def test_logits_processor(weights, tmp_path, address):
+    result = run_example("logits_processor.py", weights, cwd=tmp_path, address=address)
     assert result.returncode == 0, result.stderr
     found = re.findall(r"^(None|\{.*?\}): (.*)$", result.stdout, re.MULTILINE)
     plain, changed = (ast.literal_eval(text).split() for _, text in found)

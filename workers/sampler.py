@@ -88,6 +88,8 @@ def _draw(group: RowGroup, logits: Tensor, generated: Tensor) -> Tensor:
         return ops.greedy(logits)
     if group.mode == Mode.RANDOM:
         return ops.sample(logits, group.temperature, group.log_min_p, group.streams, generated)
+    if group.mode == Mode.NUCLEUS:
+        return ops.sample_nucleus(logits, group.temperature, group.log_min_p, group.top_p, group.streams, generated)
     limit = group.max_top_k if group.mode == Mode.TOP_K else None
     shaped = (group.temperature, group.log_min_p, group.top_k, group.top_p, group.streams)
     return ops.sample_filtered(logits, *shaped, generated, limit)

@@ -33,7 +33,8 @@ class Mode(enum.IntEnum):
     GREEDY = 0
     RANDOM = 1  # from the whole distribution
     TOP_K = 2  # from at most _SMALL_TOP_K ids
-    FILTERED = 3  # top_p alone, or a large top_k
+    NUCLEUS = 3  # by top_p alone
+    ORDERED = 4  # from more than _SMALL_TOP_K ids
 
 
 @dataclass(slots=True)
@@ -154,7 +155,9 @@ class SamplingState:
             return Mode.GREEDY
         if 0 < sampling.top_k == top_k <= _SMALL_TOP_K:
             return Mode.TOP_K
-        return Mode.FILTERED if sampling.top_p < 1.0 or sampling.top_k == top_k else Mode.RANDOM
+        if sampling.top_k == top_k:
+            return Mode.ORDERED
+        return Mode.NUCLEUS if sampling.top_p < 1.0 else Mode.RANDOM
 
     def _wants_edits(self, row: int) -> bool:
         s = self._samplings[row]

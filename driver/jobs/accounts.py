@@ -33,6 +33,57 @@ def bucket(tokens: int) -> int:
 
 
 @dataclass(slots=True)
+class Answered:
+    """Counts of many answered rows. Tokens are sums; lengths are by bucket."""
+
+    rows: int = 0
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    prompt_lengths: Counter[int] = field(default_factory=Counter)
+    output_lengths: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, usages: Sequence[Sequence[int]], reasons: Iterable[str | None]) -> Answered:
+        """Of rows; each usage is prompt, completion and cached tokens."""
+        if not usages:
+            return cls()
+        columns = np.array(usages, np.int64).T
+        prompt, completion, cached = columns.sum(axis=1).tolist()
+        lengths = [_count(column) for column in columns[:2]]
+        return cls(len(usages), prompt, completion, cached, Counter(one or "unknown" for one in reasons), *lengths)
+
+    def add(self, other: Answered) -> None:
+        """Counts of further rows."""
+        for name in ("rows", "prompt", "completion", "cached"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("reasons", "prompt_lengths", "output_lengths"):
+            getattr(self, name).update(getattr(other, name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Answered:
+        """Of what `as_dict` made, after its way through JSON, whose keys are text."""
+        lengths = {
+            name: Counter({int(length): count for length, count in plain[name].items()})
+            for name in ("prompt_lengths", "output_lengths")
+        }
+        return cls(**plain | lengths | {"reasons": Counter(plain["reasons"])})
+
+
+def _count(lengths: Int64) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    found, times = np.unique(lengths, return_counts=True)
+    for length, count in zip(found.tolist(), times.tolist(), strict=True):
+        counts[bucket(length)] += count
+    return counts
+
+
+@dataclass(slots=True)
 class Accounts:
     """Counts over the whole life of a job, earlier runs included, where nothing else is said."""
 
@@ -86,20 +137,15 @@ class Accounts:
         self.prompt_lengths[bucket(usage.prompt)] += 1
         self.output_lengths[bucket(usage.completion)] += 1
 
-    def answered_before(self, usages: Sequence[Sequence[int]], reasons: Iterable[str | None]) -> None:
-        """Answers of earlier runs, many at once; each usage is prompt, completion and cached tokens."""
-        if not usages:
-            return
-        prompts, outputs, cached = np.array(usages, np.int64).T
-        self.ok += len(usages)
-        self.prompt_tokens += int(prompts.sum())
-        self.cached_tokens += int(cached.sum())
-        self.committed_tokens += int(outputs.sum())
-        self.finish_reasons.update(reason or "unknown" for reason in reasons)
-        for lengths, counts in ((prompts, self.prompt_lengths), (outputs, self.output_lengths)):
-            found, times = np.unique(lengths, return_counts=True)
-            for length, count in zip(found.tolist(), times.tolist(), strict=True):
-                counts[bucket(length)] += count
+    def answered_before(self, before: Answered) -> None:
+        """Answers of earlier runs, many at once."""
+        self.ok += before.rows
+        self.prompt_tokens += before.prompt
+        self.cached_tokens += before.cached
+        self.committed_tokens += before.completion
+        self.finish_reasons.update(before.reasons)
+        self.prompt_lengths.update(before.prompt_lengths)
+        self.output_lengths.update(before.output_lengths)
 
     def mark_durable(self) -> None:
         """All that was counted is in the ledger for good."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.accounts import Accounts, Usage
@@ -15,7 +15,8 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import KeyTable, Numbers
 from shoal.driver.jobs.prefix import POSITION, Position, Prefix, PrefixFinder
 from shoal.driver.jobs.sources.registry import columns_of, parse_object
-from shoal.driver.jobs.state.ledger import Ledger, Records
+from shoal.driver.jobs.state.ledger import Ledger
+from shoal.driver.jobs.state.records import Records
 from shoal.driver.jobs.work import Chunk, Work
 from shoal.driver.outputs import make_output
 
@@ -43,33 +44,17 @@ class _Settled:
         self._found, self._prefix, self._accounts = found, prefix, accounts
         self.errors: dict[bytes, tuple[int, str]] = {}
 
-    def add(self, records: Records) -> list[dict[str, Any]]:
-        """Takes in those that are of rows with an answer or an error; the others."""
-        metas, values, others = self._apart(records)
+    def add(self, records: Records) -> None:
+        """Takes in those that are of rows with an answer or an error."""
+        rows = records.rows
         if self._prefix.counts(records.epoch):
-            self._prefix.settled([meta["index"] for meta in metas], values, [meta["id"] for meta in metas])
-        if len(self.errors):
-            answers = [(meta, value) for meta, value in zip(metas, values, strict=True) if not value & 1]
-            metas, values = [meta for meta, _ in answers], [value for _, value in answers]
-        self._found.done.extend(bytes.fromhex("".join([meta["key"] for meta in metas])), values)
-        reasons = [meta.get("finish_reason") for meta in metas]
-        self._accounts.answered_before([meta["usage"] for meta in metas], reasons)
-        return others
-
-    def _apart(self, records: Records) -> tuple[list[dict[str, Any]], list[int], list[dict[str, Any]]]:
-        """Answers and errors, their values, and the records of other kinds; the errors are kept."""
-        rows, values, others = [], [], []
-        for meta, location in zip(records.metas, records.locations, strict=True):
-            value = location << 1
-            if meta["t"] == "err":
-                value |= 1
-                self.errors[bytes.fromhex(meta["key"])] = value, sys.intern(meta["code"])
-            elif meta["t"] != "ok":
-                others.append(meta)
-                continue
-            rows.append(meta)
-            values.append(value)
-        return rows, values, others
+            self._prefix.settled(rows["index"], rows["value"], rows["id"])
+        is_error = rows["value"] & 1 == 1
+        for row, code in zip(rows[is_error], records.codes, strict=True):
+            self.errors[row["key"].tobytes()] = int(row["value"]), sys.intern(code)
+        answers = rows[~is_error]
+        self._found.done.extend(answers["key"].tobytes(), answers["value"])
+        self._accounts.answered_before(records.answered)
 
     def open_errors(self) -> dict[bytes, tuple[int, str]]:
         """Errors of rows that no later run answered."""
@@ -82,7 +67,8 @@ def recover(ledger: Ledger, accounts: Accounts, retry_errors: bool, since: int |
     found, prefix = Recovered(), PrefixFinder(since)
     settled = _Settled(found, prefix, accounts)
     for records in ledger.records():
-        for meta in settled.add(records):
+        settled.add(records)
+        for meta in records.others:
             kind = meta["t"]
             if kind == POSITION:
                 if prefix.counts(records.epoch):

@@ -218,6 +218,7 @@ class Job:
             reading = reader.submit(recover, self._ledger, self._accounts, config.retry_errors, self._since)
             importing = reader.submit(import_library)
             warm = self._held_ray.wait()
+            self._stop.take_back()
             recovered = reading.result()
             importing.result()
         if not same_job:  # rows that changed are computed again: the others count once they are met

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 KEY_BYTES = 12
+HASH = np.dtype((np.void, KEY_BYTES))
 MISSING = np.int64(-1)
 _PENDING = 1 << 14  # keys kept in a dict before they become a sorted run
 _KEY = np.dtype([("high", "<u8"), ("low", "<u4")])
@@ -16,6 +17,7 @@ _KEY = np.dtype([("high", "<u8"), ("low", "<u4")])
 UInt64 = npt.NDArray[np.uint64]
 UInt32 = npt.NDArray[np.uint32]
 Int64 = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.void]  # of HASH
 
 
 class RowKeys:
@@ -98,7 +100,7 @@ class KeyTable:
         if len(self._pending) >= _PENDING:
             self._flush()
 
-    def extend(self, keys: bytes, values: Sequence[int] = ()) -> None:
+    def extend(self, keys: bytes, values: Sequence[int] | Int64 = ()) -> None:
         """Adds many keys, one after the other in `keys`; values where the table has some."""
         high, low = _split([keys])
         assert len(values) == (len(high) if self._with_values else 0)
@@ -173,7 +175,7 @@ class Numbers:
             self._pieces.append(np.full(self._PIECE, MISSING))
         self._pieces[piece][place] = value
 
-    def fill(self, indices: Sequence[int], values: Sequence[int] | Int64) -> None:
+    def fill(self, indices: Sequence[int] | Int64, values: Sequence[int] | Int64) -> None:
         """Sets many; of several values for one index the last one stays."""
         places, found = np.array(indices, np.int64), np.array(values, np.int64)
         pieces = places // self._PIECE

@@ -6,11 +6,13 @@ What comes out goes to the job, which alone numbers rows, knows which are done a
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import uuid
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shoal.driver.jobs.config import JobConfig
@@ -30,6 +32,7 @@ READ_CPUS, PREPARE_CPUS = 0.25, 0.5
 _BLOCK_BYTES = 1 << 20  # small blocks: the first rows come soon, and little is under way; each costs milliseconds
 _STORE_BYTES = 64 << 20  # of the object store, for all blocks of the pipeline
 _READ_ROWS = 512
+_HEAD_ROWS = 1024
 _WARM_S = 15.0
 _kept: dict[str, Any] = {}  # in a task's process: what the last job's tasks were made with
 
@@ -67,19 +70,49 @@ def import_library() -> None:
 def prepared_tables(recipe: Recipe, warm: Sequence[Any] = ()) -> Generator[Any, None, None]:
     """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised.
 
-    `warm`: as `warm_up` returned it.
+    `warm`: as `warm_up` returned it. Where reading begins inside the input, the first table is made here: engines of a
+    job that goes on have work before the processes of its tasks are up.
     """
-    import ray
-
-    total = _check_cpus()
+    at_once = max(1, int(_check_cpus() / 2))
     for file in recipe.files:
         if "memory" in (file.filesystem.protocol, *file.filesystem.protocol):
             raise ValueError(f"input {file.name!r} is in the memory of this process, where tasks cannot read it")
+    head = _head(recipe)
+    start = recipe.start if head is None else head[1]
+    with contextlib.closing(_tables_of_tasks(replace(recipe, start=start), warm, at_once)) as tables:
+        with ThreadPoolExecutor(1) as starter:
+            first = starter.submit(next, tables, None)
+            if head is not None:
+                yield _Stage(recipe).run(head[0])
+            if first.result() is not None:
+                yield first.result()
+        yield from tables
+
+
+def _head(recipe: Recipe) -> tuple[Any, Position] | None:
+    """The first LINES table and where it ends; None where that is not to be had at once."""
+    start, sources, size = recipe.start, [], 0
+    if not start.index or (start.line and not start.offset):  # at the beginning; or a format that knows no places
+        return None
+    for source in read_rows(recipe.files[start.file], recipe.config.max_line_bytes, Start(start.line, start.offset)):
+        sources.append(source)
+        size += len(source.raw)
+        if len(sources) >= _HEAD_ROWS or size >= _BLOCK_BYTES:
+            break
+    if not sources:
+        return None
+    end = Position(start.index + len(sources), start.file, sources[-1].line, sources[-1].end)
+    return pack_lines(start.file, sources), end
+
+
+def _tables_of_tasks(recipe: Recipe, warm: Sequence[Any], at_once: int) -> Generator[Any, None, None]:
+    import ray
+
     if warm:  # else tasks would find these processes busy, and others would start and import the same beside them
         ray.wait(list(warm), num_returns=len(warm), timeout=_WARM_S, fetch_local=False)
     name = uuid.uuid4().hex
     reference = ray.put(recipe)  # unpacked once in each process, not once for each task
-    dataset = _dataset(recipe, name, [reference], max(1, int(total / 2)))
+    dataset = _dataset(recipe, name, [reference], at_once)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 

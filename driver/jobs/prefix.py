@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from shoal.driver.jobs.files import InputFile
-from shoal.driver.jobs.keys import KEY_BYTES, Int64, KeyTable, Numbers, id_hash
+from shoal.driver.jobs.keys import HASH, Hashes, Int64, KeyTable, Numbers
 
 POSITION = "at"
-_ID = np.dtype((np.void, KEY_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class PrefixFinder:
         """`since`: the epoch from which on records are of the input as it is now; None: no records are."""
         self._since = since
         self._values = Numbers()
-        self._ids = np.zeros(0, _ID)
+        self._ids = np.zeros(0, HASH)
         self._positions: list[Position] = []
 
     def counts(self, epoch: int) -> bool:
@@ -61,15 +60,15 @@ class PrefixFinder:
         """A position."""
         self._positions.append(Position(meta["index"], meta["file"], meta["line"], meta["offset"]))
 
-    def settled(self, indices: Sequence[int], values: Sequence[int], ids: Sequence[str]) -> None:
-        """Settled rows; of several records of a row the last one counts. `values`: as in Prefix."""
-        if not indices:
+    def settled(self, indices: Int64, values: Int64, ids: Hashes) -> None:
+        """Settled rows; the last record of a row counts. `values`: as in Prefix; `ids`: hashes of the rows' ids."""
+        if not len(indices):
             return
         self._values.fill(indices, values)
-        missing = max(indices) + 1 - len(self._ids)
+        missing = int(indices.max()) + 1 - len(self._ids)
         if missing > 0:  # by half, so that each is moved a few times in all
-            self._ids = np.concatenate([self._ids, np.zeros(max(missing, len(self._ids) // 2), _ID)])
-        self._ids[np.array(indices)] = np.frombuffer(b"".join(map(id_hash, ids)), _ID)
+            self._ids = np.concatenate([self._ids, np.zeros(max(missing, len(self._ids) // 2), HASH)])
+        self._ids[indices] = ids
 
     def find(self, keep_errors: bool) -> Prefix | None:
         """What need not be read; None where that is nothing."""

@@ -88,16 +88,12 @@ class Runner:
 
     def run(self) -> None:
         """Until all rows are settled and durable, or a stop was obeyed. JobError where it cannot go on."""
-        try:
-            while not self._ended():
-                self._take_events()
-                self._sync()
-                self._feed()
-                self._observe()
-                self._hooks.tick()
-        finally:
-            self._feeder.stop()
-            self._engines.stop()
+        while not self._ended():
+            self._take_events()
+            self._sync()
+            self._feed()
+            self._observe()
+            self._hooks.tick()
 
     def start_engines(self) -> None:
         """Starts all replicas, unless they were started before."""
@@ -105,7 +101,9 @@ class Runner:
             self._start(self._engines.begin)
 
     def end_engines(self, timeout_s: float) -> None:
-        """Waits until engines have given back what they hold, and takes their last counts."""
+        """Ends what `start_engines` and `run` began, waits until it holds nothing, and takes engines' last counts."""
+        self._feeder.stop()
+        self._engines.stop()
         deadline = time.monotonic() + timeout_s
         for replica in self._engines.join(timeout_s):
             self._committer.made(replica.session, self._made(replica))

@@ -54,6 +54,14 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._on_signal) for number in _CODES}
         return self
 
+    def take_back(self) -> None:
+        """To be called when a thread has connected Ray, whose own handler aborts the process 3 s after a SIGTERM."""
+        if self._before:
+            for number in _CODES:
+                signal.signal(number, self._on_signal)
+            if self.asked:
+                signal.alarm(0)  # the signal came in between
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -80,6 +80,19 @@ def _sample_filtered(
     return torch.cat(chosen)
 
 
+def _sample_nucleus(
+    logits: Tensor,
+    temperature: Tensor,
+    log_min_p: Tensor | None,
+    top_p: Tensor,
+    streams: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """As `sample`, from the fewest ids that reach top_p of all probability. top_p: float64 [n], below 1."""
+    top_k = torch.full_like(positions, logits.shape[1])
+    return _sample_filtered(logits, temperature, log_min_p, top_k, top_p, streams, positions)
+
+
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest values of each row, best first, lower ids first among equals.
 
@@ -188,6 +201,17 @@ def _filtered_cases(device: str) -> Iterator[tuple[Any, ...]]:
             yield logits, temperature, log_min_p, top_k, top_p, streams, positions, limit
 
 
+def _nucleus_cases(device: str) -> Iterator[tuple[Any, ...]]:
+    for logits, temperature, log_min_p, streams, positions in _random_cases(device):
+        top_p = 0.9 - 0.2 * (torch.arange(logits.shape[0], device=device) % 3).to(torch.float64)
+        yield logits, temperature, log_min_p, top_p, streams, positions
+
+
 greedy = Op(_greedy, cases=_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:greedy"})
 sample = Op(_sample, cases=_random_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:sample"})
 sample_filtered = Op(_sample_filtered, cases=_filtered_cases)
+sample_nucleus = Op(
+    _sample_nucleus,
+    cases=_nucleus_cases,
+    implementations={"triton": "shoal.kernels.triton.sample_nucleus:sample_nucleus"},
+)

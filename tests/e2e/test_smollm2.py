@@ -11,7 +11,7 @@ import pytest
 from shoal import SamplingParams
 
 PROMPTS = pathlib.Path(__file__).parents[2] / "examples" / "prompts.jsonl"
-NUM_TOKENS = 20
+NUM_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def weights() -> str:
 
 @pytest.fixture(scope="module")
 def prompts(weights) -> list[list[int]]:
-    """Eight prompts of mixed lengths, through the chat template in the file."""
+    """Six prompts of mixed lengths, through the chat template in the file."""
     from shoal.driver.config import make_config
     from shoal.driver.model_config import load_tokenizer, resolve_model
 
     config = make_config(model=weights)
     tokenizer = load_tokenizer(config, resolve_model(config))
-    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()][:36:5]
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()][:36:6]
     return [
         tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False, tokenize=True)
         for row in rows

@@ -105,7 +105,8 @@ def fields(stub_model, tmp_path):
     """fields(source, **changes) -> the fields of a job with small engines."""
 
     def make(source, **changes):
-        engine = {"model": stub_model, "max_num_seqs": 8, "max_model_len": 256, **changes.pop("engine", {})}
+        small = {"model": stub_model, "max_num_seqs": 8, "max_model_len": 256, "restart_backoff_s": 0.05}
+        engine = small | changes.pop("engine", {})
         sampling = {"max_tokens": 8, "ignore_eos": True}
         made = {"input": source, "output": str(tmp_path / "out.jsonl"), "sampling_params": sampling, "engine": engine}
         return made | changes
@@ -133,28 +134,73 @@ def run(ray_cluster, stub_ranks, fields, monkeypatch):
     engine.RemoteDriver = before
 
 
+class Forged:
+    """A job's process, as subprocess.Popen would have it."""
+
+    def __init__(self, ask, *start):
+        self._ask, self.returncode = ask, None
+        self.pid = ask(start=start)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self._ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout=120):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"the job has not ended within {timeout} s"
+            time.sleep(0.02)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def forge():
+    """forge(arguments, environment, log) -> Forged: a stub job in a process of its own."""
+    command = [sys.executable, str(STUB / "job_forge.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(**request):
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield lambda *start: Forged(ask, *start)
+        process.stdin.close()
+
+
 @pytest.fixture
-def start(ray_cluster, fields, tmp_path):
-    """start(source, stub=..., **fields) -> Ran whose process has been started and joins the tests' cluster."""
+def start(ray_cluster, fields, forge, tmp_path):
+    """start(source, stub=..., **fields) -> Ran whose process has been started and joins the tests' cluster.
+
+    `forked=False`: with a Python of its own, from its first line on.
+    """
     import ray
     import yaml
 
     processes = []
 
-    def call(source, *, stub=True, env=(), **changes):
+    def call(source, *, stub=True, forked=True, env=(), **changes):
         made = fields(source, **changes)
         path = tmp_path / f"job-{len(processes)}.yaml"
         path.write_text(yaml.safe_dump(made))
         ran = Ran(made["output"])
-        command = [sys.executable, str(STUB / "stub_cli.py")] if stub else [sys.executable, "-m", "shoal"]
-        address = ray.get_runtime_context().gcs_address
-        log = (tmp_path / f"job-{len(processes)}.log").open("w")
-        ran.process = subprocess.Popen(
-            [*command, "run-batch", str(path), "--address", address],
-            env={**os.environ, "SHOAL_STUB_STEP_S": "0.01", **dict(env)},
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
         ran.log = path.with_suffix(".log")
+        arguments = ["run-batch", str(path), "--address", ray.get_runtime_context().gcs_address]
+        environment = {**os.environ, "SHOAL_STUB_STEP_S": "0.01", **dict(env)}
+        if stub and forked:
+            ran.process = forge(arguments, environment, str(ran.log))
+        else:
+            command = [sys.executable, *([str(STUB / "stub_cli.py")] if stub else ["-m", "shoal"]), *arguments]
+            with ran.log.open("w") as log:
+                ran.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         processes.append(ran.process)
         return ran
 

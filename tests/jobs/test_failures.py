@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -19,26 +20,44 @@ from shoal.driver.jobs.outcome import Exit
 ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(60)]
 
 
+class Watch(threading.Thread):
+    """Reads status.json again and again, as anybody may."""
+
+    def __init__(self, job):
+        super().__init__(daemon=True)
+        self._job, self._ended, self.seen = job, threading.Event(), []
+
+    def run(self):
+        while not self._ended.wait(0.05):
+            if (status := self._job.status()) is not None:
+                counts = status["request_counts"]
+                self.seen.append((status["epoch"], counts["completed"] + counts["failed"]))
+
+    def end(self):
+        self._ended.set()
+        self.join()
+        return self.seen
+
+
 def ids(rows):
     return [row["id"] for row in rows]
 
 
 @pytest.mark.contract
 def test_rows_that_kill_are_put_aside_and_no_other(run, write_rows):
-    """Clause 7."""
+    """Clause 7. Several rows that kill are in tests/driver/test_suspects.py, and in jobs in the soak's rounds."""
     rows = [dict(row) for row in ROWS]
-    for i in (17, 41):
-        rows[i]["sampling_params"] = {"extra_args": {"kill": True}}
+    rows[17]["sampling_params"] = {"extra_args": {"kill": True}}
     ran = run(write_rows(rows))
     assert ran.code == Exit.COMPLETED
     found = ran.rows()
     assert ids(found) == ids(rows)
-    assert [row["id"] for row in found if row["error"]] == ["r17", "r41"]
+    assert [row["id"] for row in found if row["error"]] == ["r17"]
     assert found[17]["error"]["code"] == "engine_killed"
     assert "died 3 times with this row alone in it, and 2 times with others" in found[17]["error"]["message"]
     report = ran.report()
-    assert report["rows"]["quarantined"] == 2
-    assert report["engines"]["deaths"] <= 10
+    assert report["rows"]["quarantined"] == 1
+    assert report["engines"]["deaths"] <= 5
 
 
 @pytest.mark.contract
@@ -63,22 +82,24 @@ def test_tries_outlive_the_job(run, start, write_rows):
 
 @pytest.mark.contract
 @pytest.mark.parametrize("seed", [1])
-def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
+def test_exactly_once_whatever_dies(start, write_rows, processes, load_job, tmp_path, seed):
     """Clause 1: Job, driver actors and ranks are killed at random; the same command is started again until it
-    completes."""
+    completes. Clause 20: what the status counts is durable, so that no kill takes any of it back."""
     rng = random.Random(seed)
     print(f"seed {seed}")
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(500)]
     rows[123]["sampling_params"] = {"extra_args": {"kill": True}}
     source = write_rows(rows)
     kills, deadline = [], time.monotonic() + 150
+    watch = Watch(load_job(tmp_path / "out.jsonl"))
+    watch.start()
     while True:
-        ran = start(source, env={"SHOAL_STUB_STEP_S": "0.02"})
+        ran = start(source, env={"SHOAL_STUB_STEP_S": "0.015"})
         while ran.process.poll() is None:
             assert time.monotonic() < deadline, ran.log.read_text()[-3000:]
-            time.sleep(rng.uniform(0.3, 1.5))
+            time.sleep(rng.uniform(0.05, 0.4))
             before = len(ran.records("ok"))
-            if len(kills) < 5 and before > 80 * len(kills) + 20:
+            if len(kills) < 4 and before > 80 * len(kills) + 20:
                 kind = ["ray::StubWorker", "job", "ray::StubDriver"][len(kills) % 3]
                 if kind == "job":
                     ran.process.kill()
@@ -99,6 +120,11 @@ def test_exactly_once_whatever_dies(start, write_rows, processes, seed):
     assert [row["id"] for row in found if row["error"]] == ["r123"]
     done = [meta["id"] for meta in ran.records("ok")]
     assert len(done) == len(set(done)) == 499, "no answer was committed twice"
+    seen = watch.end()
+    counts = [count for _, count in seen]
+    assert counts == sorted(counts)
+    assert min(count for epoch, count in seen if epoch == 2) >= max(count for epoch, count in seen if epoch == 1) > 0
+    assert max(counts) == 500
 
 
 @pytest.mark.contract
@@ -129,14 +155,23 @@ def test_a_killed_job_loses_what_was_in_flight_and_no_more(start, run, write_row
 
 @pytest.mark.contract
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_lets_running_rows_finish(start, run, write_rows, number):
-    """Clause 11."""
+def test_a_stop_lets_running_rows_finish(start, run, write_rows, load_job, tmp_path, monkeypatch, number):
+    """Clause 11. The first in a process of its own, for its exit code; the second in this one, which is quicker."""
     rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "sampling_params": {"max_tokens": 40}} for i in range(100)]
     source = write_rows(rows)
-    ran = start(source, drain_s=20)
-    ran.wait_for(20)
-    ran.process.send_signal(number)
-    assert ran.end() == 128 + number, ran.log.read_text()
+    if number == signal.SIGTERM:
+        ran = start(source, drain_s=20)
+        ran.wait_for(20)
+        ran.process.send_signal(number)
+        assert ran.end() == 128 + number, ran.log.read_text()
+    else:
+        ran = load_job(tmp_path / "out.jsonl")
+        stopping = threading.Timer(0, lambda: (ran.wait_for(20), os.kill(os.getpid(), number)))
+        stopping.start()
+        with monkeypatch.context() as patch:
+            patch.setenv("SHOAL_STUB_STEP_S", "0.01")
+            assert run(source, drain_s=20).code == 128 + number
+        stopping.join()
     status = ran.status()
     assert status["status"] == "cancelled"
     assert {"cancelling", "cancelled"} <= status["times"].keys()
@@ -163,7 +198,7 @@ def test_a_second_stop_ends_at_once(start, write_rows):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     ran.process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    time.sleep(4)  # the handler that Ray installs would end the process after 3 s
     assert ran.process.poll() is None
     ran.process.send_signal(signal.SIGTERM)
     started = time.monotonic()
@@ -198,10 +233,15 @@ def test_a_job_whose_engines_never_start_fails(run, write_rows, monkeypatch):
 
 
 @pytest.mark.contract
-def test_what_cannot_be_placed_is_refused(run, write_rows):
+def test_what_cannot_be_placed_is_refused(run, write_rows, stub_model, tmp_path_factory):
     """Clause 16."""
+    wide = shutil.copytree(stub_model, tmp_path_factory.mktemp("wide") / "model")
+    config = json.loads((wide / "config.json").read_text())
+    heads = {"num_attention_heads": 300, "num_key_value_heads": 300, "hidden_size": 2400, "intermediate_size": 2400}
+    (wide / "config.json").write_text(json.dumps(config | heads))
     started = time.monotonic()
-    ran = run(write_rows(ROWS), engine={"tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2})
+    engine = {"model": str(wide), "tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2}
+    ran = run(write_rows(ROWS), engine=engine)
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
@@ -258,15 +298,23 @@ def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch, tmp_path
 def test_one_of_two_engines_dies(run, write_rows, processes, monkeypatch, load_job, tmp_path):
     """Clause 3: the other one works on while the dead one is made anew."""
     monkeypatch.setenv("SHOAL_STUB_STEP_S", "0.02")
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(400)]
+    folder = tmp_path / "made"
+    folder.mkdir()
+    monkeypatch.setenv("SHOAL_STUB_TOKENS", str(folder))
+    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(600)]
     watched, answers = load_job(tmp_path / "out.jsonl"), []
+
+    def at_work():
+        return {int(path.name) for path in folder.iterdir() if int(path.read_text() or 0)}
 
     def kill_one():
         watched.wait_for(40)
-        before = set(processes.named("ray::StubWorker"))
+        while len(before := at_work()) < 2:
+            assert len(watched.records("ok")) < 300, "only one engine is at work"
+            time.sleep(0.02)
         os.kill(min(before), signal.SIGKILL)
         answers.append(len(watched.records("ok")))
-        while not set(processes.named("ray::StubWorker")) - before and len(watched.records("ok")) < 400:
+        while not set(processes.named("ray::StubWorker")) - before and len(watched.records("ok")) < 600:
             time.sleep(0.02)
         answers.append(len(watched.records("ok")))
 
@@ -311,22 +359,3 @@ def test_nothing_is_left_behind(run, write_rows, processes, tmp_path):
         files = {f"{j}.jsonl{ending}" for j in range(i + 1) for ending in ("", ".shoal")}
         assert set(os.listdir(tmp_path)) == {"in.jsonl", *files}
     assert handles[2] <= handles[0] + 2, f"open files and sockets after each job: {handles}"
-
-
-@pytest.mark.contract
-def test_a_newer_run_takes_over(start, run, write_rows):
-    """Clause 5: Split brain: the first job is frozen, a second completes the work, the first wakes up and must step
-    aside."""
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(120)]
-    source = write_rows(rows)
-    first = start(source)
-    first.wait_for(30)
-    os.kill(first.process.pid, signal.SIGSTOP)
-    second = run(source)
-    assert second.code == Exit.COMPLETED
-    expected = second.rows()
-    os.kill(first.process.pid, signal.SIGCONT)
-    assert first.end() == Exit.SUPERSEDED, first.log.read_text()
-    assert second.rows() == expected
-    assert ids(expected) == ids(rows)
-    assert second.status()["status"] == "completed", "the first one wrote over it"

@@ -16,52 +16,6 @@ from shoal.driver.jobs.outcome import Exit
 ROWS = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(60)]
 
 
-def counts(status):
-    return status["request_counts"]["completed"] + status["request_counts"]["failed"]
-
-
-class Watch(threading.Thread):
-    """Reads status.json again and again, as anybody may."""
-
-    def __init__(self, job):
-        super().__init__(daemon=True)
-        self._job, self._ended, self.seen = job, threading.Event(), []
-
-    def run(self):
-        while not self._ended.wait(0.02):
-            if (status := self._job.status()) is not None:
-                self.seen.append((status["epoch"], status["status"], counts(status)))
-
-    def end(self):
-        self._ended.set()
-        self.join()
-        return self.seen
-
-
-@pytest.mark.contract
-def test_counts_never_fall(start, run, load_job, write_rows, tmp_path):
-    """Clause 20: what the status counts is durable, so that a kill takes nothing of it back."""
-    rows = [{"id": f"r{i}", "prompt": f"prompt {i}"} for i in range(200)]
-    rows[3]["prompt"] = ""
-    source = write_rows(rows)
-    watch = Watch(load_job(tmp_path / "out.jsonl"))
-    watch.start()
-    ran = start(source, env={"SHOAL_STUB_STEP_S": "0.02"})
-    deadline = time.monotonic() + 90
-    while counts(ran.status() or {"request_counts": {"completed": 0, "failed": 0}}) < 80:
-        assert time.monotonic() < deadline, ran.log.read_text()
-        time.sleep(0.01)
-    ran.process.kill()
-    ran.process.wait()
-    assert run(source).code == Exit.COMPLETED
-    seen = watch.end()
-    numbers = [count for _, _, count in seen]
-    assert numbers == sorted(numbers)
-    second = [count for epoch, _, count in seen if epoch == 2]
-    assert min(second) >= 80
-    assert max(second) == 200
-
-
 @pytest.mark.contract
 def test_a_stop_while_validating(run, write_rows, monkeypatch):
     """Clause 11: reading a long input is no reason to make whoever stops the job wait."""

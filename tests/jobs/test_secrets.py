@@ -39,16 +39,17 @@ def ray_logs(ray_cluster):
 def test_no_trace_of_a_token(start, run, write_rows, tmp_path, ray_logs, monkeypatch, caplog):
     secrets = (IN_ENVIRONMENT, IN_CONFIG)
     source = write_rows([*ROWS, {"id": "bad", "prompt": "x", "sampling_params": {"temperature": -1}}])
-    ran = start(source, env={"HF_TOKEN": IN_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "debug"})
+    monkeypatch.setenv("SHOAL_STUB_RUNTIME_ENV", "1")  # which Ray logs
+    ran = start(source, forked=False, env={"HF_TOKEN": IN_ENVIRONMENT, "RAY_BACKEND_LOG_LEVEL": "debug"})
     assert ran.end() == Exit.COMPLETED, ran.log.read_text()
     assert "completed: 20 rows answered" in ran.log.read_text()
 
     # A second job fails, with the token as an argument and another in an address that its error repeats.
     monkeypatch.setenv("HF_TOKEN", IN_ENVIRONMENT)
-    engine = {"hf_token": IN_CONFIG, "tensor_parallel_size": 50}
+    engine = {"hf_token": IN_CONFIG, "tensor_parallel_size": 3}
     failed = run(source, output=str(tmp_path / "failed.jsonl"), engine=engine)
     assert failed.code == Exit.USAGE
-    assert "must be divisible by tensor parallel size (50)" in failed.status()["message"]
+    assert "must be divisible by tensor parallel size (3)" in failed.status()["message"]
     shown = json.dumps(failed.report()) + caplog.text
     assert not [secret for secret in secrets if secret in shown]
 

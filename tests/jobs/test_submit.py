@@ -78,12 +78,16 @@ class Head:
 
     def wait_until_up(self):
         deadline = time.monotonic() + 120
-        while subprocess.run(self.job("list"), env=self.env, capture_output=True, timeout=60).returncode:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.5)
+        while True:
+            try:
+                return self.about("")
+            except OSError:  # no answer, or one that it is not ready
+                assert self.process.poll() is None, self.log.read_text()
+                assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
 
     def about(self, submission):
+        """What the dashboard says of a job, or of all of them."""
         token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.dashboard}/api/jobs/{submission}", headers={"Authorization": f"Bearer {token}"}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -75,18 +73,8 @@ def test_on_the_gpu(name, dtype, monkeypatch) -> None:
     check(name, dtype, "cuda", monkeypatch)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_in_the_interpreter")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_interpreter.py")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", IMPLEMENTED)
 def test_interpreted(name, dtype, monkeypatch) -> None:
     check(name, dtype, "cpu", monkeypatch)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is running now")
-def test_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", __file__, "-k", "test_interpreted"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert f"{2 * len(IMPLEMENTED)} passed" in result.stdout

@@ -7,8 +7,6 @@ kernel of every op is at least compiled for a Hopper GPU, which finds what the i
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ TARGETS = [
     pytest.param(
         "cpu",
         dtype,
-        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter"),
+        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py"),
         id=f"cpu-{dtype}",
     )
     for dtype in (torch.float32, torch.float16)
@@ -356,13 +354,3 @@ def test_compiles_for_hopper(name, compiled_for_hopper) -> None:
             for i, v in enumerate(case)
         ]
         compiled_for_hopper(run, *half)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is running now")
-def test_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not gpu", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout

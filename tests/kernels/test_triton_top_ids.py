@@ -6,8 +6,6 @@ As in test_triton.py: in the interpreter by a process of its own, and on a GPU w
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ TARGETS = [
     pytest.param(
         "cpu",
         dtype,
-        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter"),
+        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py"),
         id=f"cpu-{dtype}",
     )
     for dtype in DTYPES[:2]
@@ -87,13 +85,3 @@ def test_real_sizes(rows, vocab, dtype) -> None:
         logits = normal(rows, vocab, device="cuda", dtype=dtype, scale=scale)
         for k in (1, 20, 1000):
             assert torch.equal(op.get("triton")(logits, k), op.reference(logits, k))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is running now")
-def test_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not gpu", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert " passed" in result.stdout

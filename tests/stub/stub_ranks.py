@@ -22,6 +22,7 @@ from shoal.driver import engine as engine_module
 from shoal.driver import worker_group
 from shoal.driver.actor import Driver
 from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.state import digest
 from shoal.workers.actor import ACTOR_OPTIONS, Worker, whereabouts
 from shoal.workers.plan import StepOutput
 
@@ -111,8 +112,33 @@ class StubPending:
         return self._output
 
 
+class Told:
+    """Stands for an actor class whose actors get first of all what this process's environment has for stubs.
+
+    In place of a runtime_env, with which Ray needs two seconds, and not one, for an actor's process. The cluster's
+    processes have the rest of the environment already: they were started by a process that has it. Where a
+    runtime_env is what a test is about, SHOAL_STUB_RUNTIME_ENV says so.
+    """
+
+    def __init__(self, actor_class, **options) -> None:
+        self._class, self._options = actor_class, options
+
+    def options(self, runtime_env=None, **options):
+        if "SHOAL_STUB_RUNTIME_ENV" in os.environ:
+            options["runtime_env"] = runtime_env
+        return Told(self._class, **options)
+
+    def remote(self, *arguments):
+        told = {name: value for name, value in os.environ.items() if name.startswith("SHOAL_STUB_")}
+        return self._class.options(**self._options).remote(told, *arguments)
+
+
 class StubWorker(Worker):
     """A rank that never imports torch."""
+
+    def __init__(self, told: dict[str, str], rank: int) -> None:
+        os.environ.update(told)
+        super().__init__(rank)
 
     def probe(self, device):
         return whereabouts() | {"num_cpus": 1, "gpus": ray.get_gpu_ids()}
@@ -146,8 +172,9 @@ class StubWorker(Worker):
 class StubDriver(Driver):
     """The real driver, whose ranks are stubs."""
 
-    def __init__(self, *arguments) -> None:
-        worker_group.RemoteWorker = ray.remote(**ACTOR_OPTIONS)(StubWorker)
+    def __init__(self, told: dict[str, str], *arguments) -> None:
+        os.environ.update(told)
+        worker_group.RemoteWorker = Told(ray.remote(**ACTOR_OPTIONS)(StubWorker))
         if os.environ.get("SHOAL_STUB_SPARE_RANKS"):  # those that are given up live on, as if they could not be reached
             worker_group.WorkerGroup.kill = lambda group: None
             worker_group.WorkerGroup.discard = spare
@@ -173,9 +200,14 @@ def spare(group) -> None:
 def install() -> Any:
     """Engines that this process starts have stub ranks from now on; what they had before."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors' processes do not know this folder
+    digest._RECORDS, digest._AT_ONCE = 64, 16  # jobs of tests have few rows, and ends of all kinds
     before = engine_module.RemoteDriver
-    engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
+    engine_module.RemoteDriver = remote_driver()
     return before
+
+
+def remote_driver() -> Told:
+    return Told(ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver))
 
 
 class StubModel(RowModel):
@@ -185,7 +217,7 @@ class StubModel(RowModel):
         start = super().starter(solo_deaths, silence_s)
 
         def begin(place=None):
-            engine_module.RemoteDriver = ray.remote(num_cpus=0, max_restarts=0, max_concurrency=16)(StubDriver)
+            engine_module.RemoteDriver = remote_driver()
             return start(place)
 
         return begin

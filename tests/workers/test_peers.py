@@ -27,7 +27,7 @@ from shoal.workers.peers import PeerMemory, share_of
 from shoal.workers.plan import NewRow, RowSampling, SchedulerOutput
 from shoal.workers.state import BatchState
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_in_the_interpreter")
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_interpreter.py")
 ROWS, INPUTS, SIZE = 8, 12, 20
 
 
@@ -278,13 +278,3 @@ def test_every_row_has_one_rank() -> None:
         for world_size in (1, 2, 3, 8):
             shares = [share_of(num_rows, rank, world_size) for rank in range(world_size)]
             assert [row for first, count in shares for row in range(first, first + count)] == list(range(num_rows))
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is running now")
-def test_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides when a kernel is defined whether it is interpreted."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "28 passed" in result.stdout

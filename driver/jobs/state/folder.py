@@ -7,13 +7,15 @@ import mmap
 import os
 from collections.abc import Iterator
 
-from shoal.driver.jobs.state.store import NO_ROOM, LedgerFullError, PartWriter, StateStore, part_name
+from shoal.driver.jobs.state.store import NO_ROOM, LedgerFullError, PartWriter, StateStore, epoch_of, part_name
 
 _CHUNK = 4 << 20
 
 
 class Folder(StateStore):
     """A folder that this machine can append to."""
+
+    appends = True
 
     def __init__(self, path: str) -> None:
         os.makedirs(path, exist_ok=True)
@@ -75,10 +77,14 @@ class Folder(StateStore):
         except FileNotFoundError:
             return None
 
-    def discard(self, parts: list[str]) -> None:
-        """Empties the files: their existence is the claim."""
-        for name in parts:
-            os.truncate(os.path.join(self.path, name), 0)
+    def discard(self, names: list[str]) -> None:
+        """Empties parts, whose existence is the claim; removes the rest."""
+        for name in names:
+            path = os.path.join(self.path, name)
+            if epoch_of(name) is None:
+                os.unlink(path)
+            else:
+                os.truncate(path, 0)
 
     def close(self) -> None:
         """Lets go of maps and of a claimed file that was never written."""

@@ -11,29 +11,21 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from shoal.driver.jobs.json_text import dump, load_all
+from shoal.driver.jobs.state.digest import DigestWriter, read_digests
+from shoal.driver.jobs.state.records import ERROR, Records
 from shoal.driver.jobs.state.store import StateStore, epoch_of, seal_name
 
 _OFFSET_BITS = 40
-_ERROR_MARK = b'{"t":"err"'
+_ERROR_MARK = b'{"t":"%s"' % ERROR.encode()
 _CRC_CHARS = 9  # eight digits and a space
 _TAIL_BYTES = 1 << 20
 
 
 class SupersededError(RuntimeError):
     """A newer process has taken the job over; this one must write nothing more."""
-
-
-@dataclass(slots=True)
-class Records:
-    """Records of one epoch as recovery sees them, in their order."""
-
-    epoch: int
-    metas: list[dict[str, Any]]
-    locations: list[int]
 
 
 class Ledger:
@@ -52,8 +44,11 @@ class Ledger:
         self._parts = list(sealed)
         self._places = {name: number for number, name in enumerate(self._parts)}
         if fresh:
-            store.discard([name for epoch in store.epochs() if epoch < self.epoch for name in store.parts(epoch)])
+            older = [epoch for epoch in store.epochs() if epoch < self.epoch]
+            store.discard([name for epoch in older for name in (*store.parts(epoch), *store.digests(epoch))])
         self._writer = store.writer(self.epoch)
+        self._digests = DigestWriter(store, self.epoch) if store.appends else None
+        self._end = 0  # of the last record, in its part
         self.num_unsynced = 0
 
     def records(self) -> Iterator[Records]:
@@ -61,19 +56,34 @@ class Ledger:
         for name, size in self._sealed.items():
             base, epoch = self._places[name] << _OFFSET_BITS, epoch_of(name)
             assert epoch is not None
-            for offset, lines in _lines(self._store, name, size):
-                bodies, locations, at = [], [], base | offset
-                for line in lines:
-                    if check(line):
-                        bodies.append(line[_CRC_CHARS : line.index(b"\t")])
-                        locations.append(at)
-                    at += len(line) + 1
-                if bodies:
-                    yield Records(epoch, load_all(bodies), locations)
+            at = 0
+            for digest in read_digests(self._store, epoch, size) if self._store.appends else ():
+                yield from self._parsed(name, epoch, at, digest.start)
+                digest.records.rows["value"] += base << 1
+                yield digest.records
+                at = digest.end
+            yield from self._parsed(name, epoch, at, size)
+
+    def _parsed(self, name: str, epoch: int, start: int, end: int) -> Iterator[Records]:
+        """Records of the lines from one byte of a part to another."""
+        base = self._places[name] << _OFFSET_BITS
+        for offset, lines in _lines(self._store, name, end, start):
+            bodies, locations, at = [], [], base | offset
+            for line in lines:
+                if check(line):
+                    bodies.append(line[_CRC_CHARS : line.index(b"\t")])
+                    locations.append(at)
+                at += len(line) + 1
+            if bodies:
+                yield Records.of(epoch, load_all(bodies), locations)
 
     def append(self, meta: dict[str, Any], row: bytes = b"") -> int:
         """Takes a record, which is durable after `sync`; its location. `meta` begins with its type, "t"."""
-        name, offset = self._writer.append(encode(meta, row))
+        line = encode(meta, row)
+        name, offset = self._writer.append(line)
+        self._end = offset + len(line)
+        if self._digests is not None:
+            self._digests.add(meta, offset)
         place = self._places.get(name)
         if place is None:
             place = self._places[name] = len(self._parts)
@@ -90,6 +100,8 @@ class Ledger:
         if self._writer.sync(force):
             self.num_unsynced = 0
             self.check_owner()
+            if self._digests is not None:
+                self._digests.synced(self._end)
 
     def check_owner(self) -> None:
         """Raises SupersededError where a newer process has taken over."""

@@ -15,6 +15,8 @@ _CACHED_OBJECTS = 16
 class Objects(StateStore):
     """A prefix of a store that fsspec opens and that knows conditional writes (mode="create")."""
 
+    appends = False
+
     def __init__(self, filesystem: Any, path: str, rows: int, seconds: float) -> None:
         """An object is written after `rows` records, or once its oldest one is `seconds` old."""
         self._filesystem, self._path = filesystem, path.rstrip("/")
@@ -72,10 +74,10 @@ class Objects(StateStore):
         except FileNotFoundError:
             return None
 
-    def discard(self, parts: list[str]) -> None:
+    def discard(self, names: list[str]) -> None:
         """Deletes the objects; claims are objects of their own."""
-        if parts:
-            self._filesystem.rm([self._at(name) for name in parts])
+        if names:
+            self._filesystem.rm([self._at(name) for name in names])
 
     def close(self) -> None:
         """Forgets what it read."""

@@ -38,6 +38,8 @@ class PartWriter(ABC):
 class StateStore(ABC):
     """A folder of state, on a file system or an object store."""
 
+    appends: bool  # an epoch has one part, which grows
+
     @abstractmethod
     def claim(self, epoch: int) -> None:
         """Takes an epoch for this process; FileExistsError where another has it."""
@@ -71,8 +73,8 @@ class StateStore(ABC):
         """A small file; None where there is none."""
 
     @abstractmethod
-    def discard(self, parts: list[str]) -> None:
-        """Frees the room of parts that nothing needs any more; the claims of their epochs stay."""
+    def discard(self, names: list[str]) -> None:
+        """Frees the room of parts and digests that nothing needs any more; the claims of their epochs stay."""
 
     @abstractmethod
     def close(self) -> None:
@@ -86,6 +88,10 @@ class StateStore(ABC):
         """Name and size of an epoch's parts, in the order they were written."""
         found = self.names()
         return {n: found[n] for n in sorted(found) if epoch_of(n) == epoch and not n.endswith(CLAIM)}
+
+    def digests(self, epoch: int) -> list[str]:
+        """Names of an epoch's digests, in the order they were written."""
+        return sorted(name for name in self.names() if (found := _DIGEST.fullmatch(name)) and int(found[1]) == epoch)
 
 
 def part_name(epoch: int, number: int | None = None) -> str:
@@ -103,7 +109,13 @@ def seal_name(epoch: int) -> str:
     return f"seal-{epoch:06d}.json"
 
 
+def digest_name(epoch: int, number: int) -> str:
+    """The name of a digest of an epoch's part."""
+    return f"digest-{epoch:06d}-{number:08d}"
+
+
 _LEDGER = re.compile(r"ledger-(\d{6,})(-\d{8,})?\.(jsonl|claim)")
+_DIGEST = re.compile(r"digest-(\d{6,})-\d{8,}")
 
 
 def epoch_of(name: str) -> int | None:

@@ -24,12 +24,21 @@ def new_store(request, tmp_path):
     return lambda: Objects(fsspec.filesystem("memory"), place, rows=3, seconds=1000)
 
 
+def meta_of(n, kind="ok"):
+    common = {"t": kind, "id": f"row-{n}\ud800", "key": n.to_bytes(12, "little").hex(), "index": n}
+    return common | ({"usage": [n, 2 * n, 0]} if kind == "ok" else {"code": "bad_row"})
+
+
 def put(ledger, *numbers, kind="ok"):
-    return [ledger.append({"t": kind, "index": n}, b'{"n":%d}' % n) for n in numbers]
+    return [ledger.append(meta_of(n, kind), b'{"n":%d}' % n) for n in numbers]
 
 
 def numbers(ledger):
-    return [meta["index"] for records in ledger.records() for meta in records.metas]
+    return [n for records in ledger.records() for n in records.rows["index"].tolist()]
+
+
+def locations(ledger):
+    return [value >> 1 for records in ledger.records() for value in records.rows["value"].tolist()]
 
 
 def test_what_is_synced_is_there(new_store):
@@ -44,8 +53,7 @@ def test_what_is_synced_is_there(new_store):
     ledger.close()
     second = Ledger(new_store())
     assert (second.epoch, numbers(second)) == (2, [0, 1, 2, 3, 4])
-    first = next(second.records())
-    assert second.row(first.locations[0]) == (False, b'{"n":0}')
+    assert second.row(locations(second)[0]) == (False, b'{"n":0}')
     put(second, 6)
     second.sync()
     third = Ledger(new_store())
@@ -136,7 +144,7 @@ def test_objects_wait_until_they_are_worth_it():
 @pytest.mark.contract
 def test_a_torn_last_line_at_every_byte(tmp_path):
     """Clause 12."""
-    lines = [encode({"t": "ok", "index": n}, b'{"text":"a\\tb"}') for n in range(4)]
+    lines = [encode(meta_of(n), b'{"text":"a\\tb"}') for n in range(4)]
     whole = b"".join(lines[:3])
     for cut in range(len(lines[3])):
         folder = tmp_path / str(cut)
@@ -149,7 +157,7 @@ def test_a_torn_last_line_at_every_byte(tmp_path):
 
 
 def test_a_broken_line_in_the_middle_costs_only_itself(tmp_path):
-    lines = [encode({"t": "ok", "index": n}, b"{}") for n in range(4)]
+    lines = [encode(meta_of(n), b"{}") for n in range(4)]
     lines[1] = lines[1].replace(b"{}", b"[]")
     Folder(str(tmp_path))
     (tmp_path / part_name(1)).write_bytes(b"".join(lines))
@@ -205,8 +213,7 @@ def test_large_parts_are_read_piece_by_piece(tmp_path, monkeypatch):
     assert ledger.row(places[3])[1] == b'{"n":3}'  # mapped now, and grown after
     ledger.sync()
     heir = Ledger(Folder(str(tmp_path)))
-    found = [place for records in heir.records() for place in records.locations]
-    assert [json.loads(heir.row(place)[1])["n"] for place in found] == list(range(600))
+    assert [json.loads(heir.row(place)[1])["n"] for place in locations(heir)] == list(range(600))
     assert [ledger.row(place)[1] for place in places[498:502]] == [b'{"n":%d}' % n for n in range(498, 502)]
 
 
@@ -226,7 +233,7 @@ def test_the_end_of_a_long_part_is_enough(tmp_path, monkeypatch):
     """Clause 12: a take-over reads a part's end, and all of it where that holds no whole line."""
     from shoal.driver.jobs.state import ledger as module
 
-    lines = [encode({"t": "ok", "index": n, "id": "\ud800"}, b'{"n":1}') for n in range(50)]
+    lines = [encode(meta_of(n), b'{"n":1}') for n in range(50)]
     whole = b"".join(lines)
     for tail in (1, 40, len(lines[0]) + 7, 10_000):
         monkeypatch.setattr(module, "_TAIL_BYTES", tail)

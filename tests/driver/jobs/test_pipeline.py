@@ -40,8 +40,21 @@ def _engine(folder):
     return make_config(model=folder, max_model_len=128)
 
 
+@pytest.fixture(autouse=True)
+def no_tasks(monkeypatch):
+    """Both stages run in this process."""
+
+    def tables(recipe, warm, at_once):
+        stage = pipeline._Stage(recipe)
+        for number in range(len(recipe.files) - recipe.start.file):
+            yield from map(stage.run, pipeline._read({"id": np.array([number])}, recipe.files, 1000, recipe.start))
+
+    monkeypatch.setattr(pipeline, "_tables_of_tasks", tables)
+    monkeypatch.setattr(pipeline, "_check_cpus", lambda: 2.0)
+
+
 class Stages:
-    """Both stages and the intake of one job, in this process."""
+    """The stages and the intake of one job."""
 
     def __init__(self, reader, model, done=None, tries=None, prefix=None):
         self.keys = RowKeys(b"salt")
@@ -50,11 +63,7 @@ class Stages:
         recipe = Recipe(
             reader.config, reader.form_name, files, b"salt", model.portable(), self.done.keys_only(), start
         )  # fmt: skip
-        self.stage = pipeline._Stage(recipe)
-        self.tables = []
-        for number in range(len(files) - start.file):
-            tables = pipeline._read({"id": np.array([number])}, files, 1000, start)
-            self.tables += [self.stage.run(table) for table in tables]
+        self.tables = list(prepared_tables(recipe))
         tools = Future()
         tools.set_result(model.tools(128))
         names = [file.name for file in files]
@@ -111,8 +120,10 @@ def test_many_rows_keep_their_numbers(write, reader, model):
     assert max(chunk.num_rows for chunk in chunks) <= 256
 
 
-def test_a_prefix_is_not_read_again(write, reader, model):
+@pytest.mark.parametrize("head_rows", [1, 40, 1024])
+def test_a_prefix_is_not_read_again(write, reader, model, monkeypatch, head_rows):
     """What comes after it is as if all had been read: numbers, ids that were there before, the files after its own."""
+    monkeypatch.setattr(pipeline, "_HEAD_ROWS", head_rows)
     rows = [{"id": str(i), "prompt": f"p {i}"} for i in range(900)]
     rows[800]["id"] = "7"
     source = reader([write("a.jsonl", rows[:300]), write("b.jsonl", rows[300:600]), write("c.jsonl", rows[600:])])
@@ -123,6 +134,9 @@ def test_a_prefix_is_not_read_again(write, reader, model):
         ids.extend(b"".join(id_hash(str(i)) for i in range(end.index)))
         part = Stages(source, model, prefix=Prefix(end, np.arange(end.index) << 1, ids))
         assert sum(table.num_rows for table in part.tables) == 900 - end.index
+        left_in_file = 300 - end.line
+        if left_in_file:
+            assert part.tables[0].num_rows == min(head_rows, left_in_file)
         settled, *rest = part.chunks()
         assert settled.known.values.tolist() == [i << 1 for i in range(end.index)]
         assert (settled.num_rows, list(settled.known.indices)) == (end.index, list(range(end.index)))
@@ -151,8 +165,7 @@ def test_lines_survive_packing():
     assert pa.types.is_large_binary(table.schema.field("raw").type)
 
 
-def test_input_in_this_process_alone_is_refused(model, monkeypatch):
+def test_input_in_this_process_alone_is_refused(model):
     file = SimpleNamespace(name="m.jsonl", filesystem=SimpleNamespace(protocol=("memory",)))
-    monkeypatch.setattr(pipeline, "_check_cpus", lambda: None)
     with pytest.raises(ValueError, match=r"m\.jsonl' is in the memory of this process"):
         next(prepared_tables(Recipe(None, "rows", [file], b"", model, KeyTable(with_values=False), Position())))

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.driver.jobs.keys import id_hash
+from shoal.driver.jobs.keys import HASH, id_hash
 from shoal.driver.jobs.prefix import Position, PrefixFinder
 
 EVENTS = st.lists(
@@ -26,7 +26,7 @@ def test_all_before_a_position_that_is_settled_and_nothing_else(events, since, k
             positions.append(row)
         elif kind == "ok" or values.get(row, 1) & 1:  # no error comes after an answer
             values[row] = location << 1 | (kind == "err")
-            finder.settled([row], [values[row]], [f"r{row}"])
+            finder.settled(np.array([row]), np.array([values[row]]), np.frombuffer(id_hash(f"r{row}"), HASH))
     settled = 0
     while settled in values and (keep_errors or not values[settled] & 1):
         settled += 1

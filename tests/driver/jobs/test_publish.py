@@ -26,7 +26,8 @@ def published(job, tmp_path):
         store = open_store(plan.filesystem, plan.state_path, local=plan.local, rows=10, seconds=10)
         ledger, where = Ledger(store), Numbers()
         for index, row, is_error in rows:
-            where[index] = ledger.append({"t": "err" if is_error else "ok"}, dump(row))
+            meta = {"t": "err" if is_error else "ok", "id": str(index), "key": "00" * 12, "index": index}
+            where[index] = ledger.append(meta | {"code": "bad_row", "usage": [1, 1, 0]}, dump(row))
         ledger.sync()
         return Publisher(plan, ledger, where, config.order), plan, store
 
