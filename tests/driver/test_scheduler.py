@@ -262,26 +262,6 @@ def test_prefix_hits_are_whole_blocks_and_leave_a_token_to_compute() -> None:
     assert ended[2].num_cached_tokens == 8
 
 
-def test_a_row_that_enters_on_what_another_writes_in_the_same_step() -> None:
-    """It decodes from its first token on, and yet the plan's rows must not run apart."""
-    scheduler = Scheduler(limits())
-    ranks = FakeRanks(scheduler.limits)
-    scheduler.add(long_request(0, [3] * 3, 20))
-    plan = scheduler.schedule()
-    assert not plan.output.rows_decode_apart
-    scheduler.update(plan, ranks.execute(plan))
-    scheduler.add(long_request(1, [*[3] * 3, next_token([3] * 3), 7], 20))
-    plan = scheduler.schedule()
-    assert plan.output.num_scheduled_tokens.tolist() == [1, 1]
-    assert plan.output.samples.all()
-    assert plan.output.new_rows[0].num_computed_tokens == 4
-    assert not plan.output.rows_decode_apart
-    scheduler.update(plan, ranks.execute(plan))
-    plan = scheduler.schedule()
-    assert plan.output.rows_decode_apart
-    scheduler.update(plan, ranks.execute(plan))
-
-
 def test_cache_salt_keeps_prefixes_apart() -> None:
     lim = limits()
     scheduler, ranks = Scheduler(lim), FakeRanks(lim)
