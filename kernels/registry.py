@@ -12,6 +12,7 @@ OPS = {
     "activation_and_mul": "shoal.kernels.ops.activation_and_mul:activation_and_mul",
     "append_decode": "shoal.kernels.ops.decode_step:append_decode",
     "best_of_part": "shoal.kernels.ops.best_of_part:best_of_part",
+    "decode_attention": "shoal.kernels.ops.decode_attention:decode_attention",
     "embed": "shoal.kernels.ops.embed:embed",
     "gated_linear": "shoal.kernels.ops.gated_linear:gated_linear",
     "greedy": "shoal.kernels.ops.sampling:greedy",

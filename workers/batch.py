@@ -20,6 +20,7 @@ class AttentionMetadata:
     block_size: int
     max_query_len: int
     max_seq_len: int  # an upper bound of seq_lens
+    rows_decode_apart: bool = False  # every row has one token, and reads nothing that another row writes in this pass
 
     def of_last_tokens(self, rows: torch.Tensor) -> AttentionMetadata:
         """The same pass seen by the last query token of each of these rows (int64 [n]), their keys already stored."""

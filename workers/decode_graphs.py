@@ -159,6 +159,7 @@ class DecodeGraphs:
             state.block_size,
             1,
             self._max_len,
+            rows_decode_apart=True,
         )
         received = None if self.hidden is None else self.hidden[:n]
         batch = ForwardBatch(self._input_ids[:n], self._positions[:n], attention, received)

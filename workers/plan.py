@@ -74,6 +74,16 @@ class SchedulerOutput:
     block_positions: Int32 = field(default_factory=lambda: np.empty(0, np.int32))  # [b] index in its block table
     block_ids: Int32 = field(default_factory=lambda: np.empty(0, np.int32))  # [b]
 
+    @property
+    def rows_decode_apart(self) -> bool:
+        """Whether every row decodes, and reads nothing that another row writes in the same step.
+
+        Rows share full blocks only, and write to blocks of their own. A block that becomes full in this plan can
+        already be a prefix hit, but only of a row that enters with it.
+        """
+        decode = bool(self.samples.all() and (self.num_scheduled_tokens == 1).all())
+        return decode and not any(new.num_computed_tokens for new in self.new_rows)
+
     def encode(self) -> bytes:
         """The frame of this plan."""
         header: dict[str, Any] = {"step_id": self.step_id, "num_steps": self.num_steps, "new": []}

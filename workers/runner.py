@@ -158,7 +158,7 @@ class ModelRunner:
             if new.sampling.num_prompt_logprobs is not None:
                 self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs
         out = PendingOutput(plan, self.device)
-        if self.graphs is not None and plan.samples.all() and (plan.num_scheduled_tokens == 1).all():
+        if self.graphs is not None and plan.rows_decode_apart:
             self._replay(plan, out)
         else:
             for step in range(plan.num_steps):
@@ -166,7 +166,7 @@ class ModelRunner:
         return out.start_copy()
 
     def _replay(self, plan: SchedulerOutput, out: PendingOutput) -> None:
-        """A plan in which every row decodes, by graphs."""
+        """A plan in which every row decodes and none waits for another, by graphs."""
         assert self.graphs is not None
         plain = self.stage.last and self.sampling.is_plain(plan.rows)
         num_rows = 0

@@ -4,6 +4,10 @@ The contexts of all rows are cut into tiles; program group g takes tiles [g * sh
 program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few long
 rows is split without being told: lengths are read on the GPU only. Where a group's share begins or ends inside a row,
 the parts meet in memory, and the last program to arrive there adds them up, in the groups' order.
+
+Where FUSED, the queries are rows of the merged projection, not yet normalized and rotated, and each row's newest key
+and value are there too. Every part of a row makes its queries itself; the part with the row's end also makes the key,
+writes it and the value to the cache, and begins with that position, which nobody reads back.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shoal.kernels.triton.attention_newest import load_heads, load_weight, norm_rope, rotation
 from shoal.kernels.triton.attention_tiles import load_blocks, token_offsets
-from shoal.kernels.triton.dependent import prefetch, wait_for_previous
+from shoal.kernels.triton.dependent import let_next_start, prefetch, wait_only
 
 
 @triton.jit
@@ -25,6 +30,35 @@ def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, TILE: tl.constexpr, MI
         stop = tl.load(starts_ptr + row + 1, mask=inside, other=0)
         seq_len = tl.where(stop - start == 1, seq_len, 0)
     return tl.cdiv(seq_len, TILE)
+
+
+@triton.jit
+def _find_share(
+    group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE: tl.constexpr, ROWS: tl.constexpr,
+    MIXED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a share; those of this group [begin, end); the row that holds `begin`, and that row's own first tile;
+    how many rows have no tiles."""
+    lanes = tl.arange(0, ROWS)
+    num_tiles = 0
+    for chunk in range(0, num_rows, ROWS):
+        num_tiles += tl.sum(_count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED), 0)
+    share = tl.maximum(tl.cdiv(num_tiles, num_groups), min_share)
+    begin = group * share
+    end = tl.minimum(begin + share, num_tiles)
+    row = 0
+    row_begin = 0
+    before = 0
+    empty = 0
+    for chunk in range(0, num_rows, ROWS):
+        tiles = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
+        ends = before + tl.cumsum(tiles, 0)
+        passed = (ends <= begin) & (chunk + lanes < num_rows)
+        row += tl.sum(passed.to(tl.int32), 0)
+        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
+        before += tl.sum(tiles, 0)
+        empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
+    return share, begin, end, row, row_begin, empty
 
 
 @triton.jit
@@ -46,14 +80,10 @@ def _prefetch_cache(
 
 @triton.jit
 def _attend(
-    query, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride, token_stride,
-    BLOCK_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    query, acc, total, best, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride, token_stride,
+    BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Positions [first, last) of one row: the weighted sum of values, the weights' sum, the best score."""
-    best = tl.full([GROUP_PAD], -1.0e30, tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    """Adds positions [first, last) of one row to: the weighted sum of values, the weights' sum, the best score."""
     offs = tl.arange(0, TILE)
     dims = tl.arange(0, HEAD_PAD)
     # Block ids are loaded a tile ahead: the loads of keys and values then wait for nothing.
@@ -115,38 +145,23 @@ def _add_parts(
 @triton.jit(do_not_specialize=["num_rows", "min_share", "table_stride"])
 def decode_kernel(
     query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    query_weight_ptr, key_weight_ptr, cos_sin_ptr, eps,
     scale_log2, num_rows, min_share, query_stride, query_head_stride, block_stride, token_stride, head_stride,
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, MIXED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
     num_groups = tl.num_programs(0) // KV_HEADS
-    lanes = tl.arange(0, ROWS)
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
     mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
-    num_tiles = 0
-    for chunk in range(0, num_rows, ROWS):
-        num_tiles += tl.sum(_count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED), 0)
-    share = tl.maximum(tl.cdiv(num_tiles, num_groups), min_share)
-    begin = group * share
-    end = tl.minimum(begin + share, num_tiles)
-    # The row that holds tile `begin`, and that row's own first tile.
-    row = 0
-    row_begin = 0
-    before = 0
-    empty = 0
-    for chunk in range(0, num_rows, ROWS):
-        tiles = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
-        ends = before + tl.cumsum(tiles, 0)
-        passed = (ends <= begin) & (chunk + lanes < num_rows)
-        row += tl.sum(passed.to(tl.int32), 0)
-        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
-        before += tl.sum(tiles, 0)
-        empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
+    share, begin, end, row, row_begin, empty = _find_share(
+        group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, ROWS, MIXED
+    )  # fmt: skip
     # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
     if DEPENDENT and AHEAD:
         if begin < end:
@@ -157,7 +172,15 @@ def decode_kernel(
                 kv_head.to(tl.int64) * head_stride, block_stride, token_stride,
                 BLOCK_SIZE, HEAD, HEAD_PAD, AHEAD, DEPENDENT,
             )  # fmt: skip
-    wait_for_previous(DEPENDENT)
+    if FUSED:  # angles are of the row that is next
+        NORM: tl.constexpr = query_weight_ptr is not None
+        query_weight = load_weight(query_weight_ptr, HEAD, HEAD_PAD)
+        key_weight = load_weight(key_weight_ptr, HEAD, HEAD_PAD)
+        position = tl.maximum(tl.load(seq_lens_ptr + tl.minimum(row, num_rows - 1)), 1) - 1
+        cos, sin = rotation(cos_sin_ptr, position, HEAD, HEAD_PAD)
+    wait_only(DEPENDENT)
+    if not LATE:
+        let_next_start(DEPENDENT)
     while row_begin < end:
         token = row
         seq_len = tl.load(seq_lens_ptr + row)
@@ -166,16 +189,48 @@ def decode_kernel(
             if tl.load(starts_ptr + row + 1) != token + 1:
                 seq_len = 0
         row_end = row_begin + tl.cdiv(seq_len, TILE)
+        if FUSED:
+            next_len = tl.load(seq_lens_ptr + tl.minimum(row + 1, num_rows - 1))
+            next_cos, next_sin = rotation(cos_sin_ptr, tl.maximum(next_len, 1) - 1, HEAD, HEAD_PAD)
         if row_end > row_begin:
             first = (tl.maximum(begin, row_begin) - row_begin) * TILE
             last = tl.minimum((end - row_begin) * TILE, seq_len)
             token64 = tl.cast(token, tl.int64)
-            q_at = token64 * query_stride + (kv_head * GROUP + heads)[:, None] * query_head_stride + dims[None, :]
-            query = tl.load(query_ptr + q_at, mask=mask, other=0.0)
+            table = tables_ptr + tl.cast(row, tl.int64) * table_stride
+            kv_base = kv_head.to(tl.int64) * head_stride
+            best = tl.full([GROUP_PAD], -1.0e30, tl.float32)
+            total = tl.zeros([GROUP_PAD], tl.float32)
+            acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+            if FUSED:
+                # All loads before the first use: each would else be waited for alone.
+                qkv = query_ptr + token64 * query_stride
+                newest = last == seq_len
+                own, partner = load_heads(qkv + kv_head * (GROUP * HEAD), GROUP, HEADS, HEAD, HEAD_PAD)
+                key_at = qkv + KV_HEADS * GROUP * HEAD + kv_head * HEAD
+                key, key_partner = load_heads(key_at, newest.to(tl.int32), 1, HEAD, HEAD_PAD)
+                value_mask = newest & (dims < HEAD)[None, :]
+                value = tl.load(key_at + KV_HEADS * HEAD + dims[None, :], mask=value_mask, other=0.0)
+                block = tl.load(table + (seq_len - 1) // BLOCK_SIZE).to(tl.int64)
+                few = norm_rope(own, partner, *query_weight, cos, sin, eps, HEAD, NORM)
+                # Lanes of the product beyond the group's heads repeat them: they are computed anyhow.
+                query = tl.broadcast_to(few[None, :, :], [GROUP_PAD // HEADS, HEADS, HEAD_PAD])
+                query = tl.reshape(query, [GROUP_PAD, HEAD_PAD])
+                if newest:
+                    last -= 1
+                    key = norm_rope(key, key_partner, *key_weight, cos, sin, eps, HEAD, NORM)
+                    cache_at = kv_base + block * block_stride + (last % BLOCK_SIZE) * token_stride + dims[None, :]
+                    tl.store(key_ptr + cache_at, key, mask=value_mask)
+                    tl.store(value_ptr + cache_at, value, mask=value_mask)
+                    score = tl.sum(few.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
+                    best = tl.reshape(tl.broadcast_to(score[None, :], [GROUP_PAD // HEADS, HEADS]), [GROUP_PAD])
+                    total = tl.full([GROUP_PAD], 1.0, tl.float32)
+                    acc = tl.broadcast_to(value.to(tl.float32), [GROUP_PAD, HEAD_PAD])
+            else:
+                q_at = token64 * query_stride + (kv_head * GROUP + heads)[:, None] * query_head_stride + dims[None, :]
+                query = tl.load(query_ptr + q_at, mask=mask, other=0.0)
             acc, total, best = _attend(
-                query, first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
-                kv_head.to(tl.int64) * head_stride, scale_log2, block_stride, token_stride,
-                BLOCK_SIZE, GROUP_PAD, HEAD, HEAD_PAD, TILE, PRECISION,
+                query, acc, total, best, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride,
+                token_stride, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, PRECISION,
             )  # fmt: skip
             result = acc / total[:, None]
             out_at = token64 * (KV_HEADS * GROUP * HEAD)
@@ -199,6 +254,10 @@ def decode_kernel(
                     )  # fmt: skip
         row_begin = row_end
         row += 1
+        if FUSED:
+            cos, sin = next_cos, next_sin
+    if LATE:
+        let_next_start(DEPENDENT)
     if empty > 0:  # padding gets zeros; mixed in, the rows that do not decode are another kernel's
         for pad in range(group, num_rows, num_groups):
             token = pad

@@ -39,7 +39,7 @@ class LinearConfig:
 # (most rows, config): the first row that fits is used, none: the library's product. Tiles as measured on an H100 in the
 # chain of a decode step (docs/performance.md). Larger weights take the library as long as reading them does.
 MOST_WEIGHTS = 8 << 20
-_MOST_PADDED = 128  # more rows only where they fill their tiles
+_MOST_PADDED = 128  # more rows only where they fill their tiles, but for products that are split
 LINEAR_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 1, 4, 6)),
     (64, LinearConfig(64, 32, 128, 1, 4, 6)),
@@ -156,12 +156,12 @@ def gated_linear_kernel(
     tl.store(out_ptr + at, y, mask=(rows < num_rows)[:, None] & (outs < N)[None, :])
 
 
-def rule(rules: Rules, x: torch.Tensor, weight: torch.Tensor) -> LinearConfig | None:
+def rule(rules: Rules, x: torch.Tensor, weight: torch.Tensor, most_padded: int = _MOST_PADDED) -> LinearConfig | None:
     """The config of the first row of a table that fits this product; None where the library is faster, or exact."""
     if x.dtype.itemsize != 2 or x.dim() != 2 or x.stride(1) != 1 or not x.shape[0] or weight.numel() > MOST_WEIGHTS:
         return None
     config = next((config for rows, config in rules if x.shape[0] <= rows), None)
-    padded = config is not None and x.shape[0] > _MOST_PADDED and x.shape[0] % config.block_m
+    padded = config is not None and x.shape[0] > most_padded and x.shape[0] % config.block_m
     return None if padded else config
 
 
@@ -250,7 +250,7 @@ def linear_add_norm(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels/ops/linear_add_norm.py."""
-    config = rule(SPLIT_RULES, x, weight)
+    config = rule(SPLIT_RULES, x, weight, most_padded=SPLIT_RULES[-1][0])
     if config is None:
         return rms_norm(functional.linear(x, weight), norm_weight, eps, residual)
     return add_parts_norm(linear_parts(x, weight, None, config), config.parts, norm_weight, eps, residual)

@@ -1,11 +1,11 @@
-"""paged_attention in Triton: one kernel for rows that decode, one for everything else."""
+"""paged_attention and decode_attention in Triton: one kernel for rows that decode, one for everything else."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,6 +19,8 @@ _ROWS = 512  # rows whose lengths a program looks at together
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
 _PART_VALUES = 4096  # of cut rows, added up at once
 _AHEAD = 64  # positions whose keys and values a program asks for before it may begin
+_AHEAD_FUSED = 32
+_LATE_ROWS = range(2, 17)  # what follows starts after these: else it takes room and bandwidth at their beginning
 _MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
 _REGISTERS = 65536  # of a multiprocessor
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
@@ -56,15 +58,31 @@ class PrefillConfig:
     stages: int
 
 
+class Newest(NamedTuple):
+    """How decode_kernel makes queries and keys out of the projection: weights of the heads' norms, angles, epsilon."""
+
+    query_weight: torch.Tensor | None
+    key_weight: torch.Tensor | None
+    cos_sin: torch.Tensor
+    eps: float
+
+
 # (bytes of an element, largest padded head size, config); the first row that fits is used. In decode_kernel query heads
 # beyond 16 a KV head count as a larger head.
 DECODE_RULES = (
-    (2, 64, DecodeConfig(tile=16, warps=1, stages=4, programs=8)),
+    (2, 64, DecodeConfig(tile=16, warps=1, stages=3, programs=8)),
     (2, 128, DecodeConfig(tile=32, warps=2, stages=3, programs=4)),
     (2, 256, DecodeConfig(tile=32, warps=4, stages=3, programs=2)),
     (2, 1024, DecodeConfig(tile=16, warps=4, stages=2, programs=1)),
     (4, 128, DecodeConfig(tile=32, warps=4, stages=1, programs=4)),
     (4, 1024, DecodeConfig(tile=16, warps=4, stages=1, programs=1)),
+)
+# Where it makes queries and keys too: programs that take little shared memory find room beside those of the product
+# before them, so that more of them are there when it ends.
+FUSED_RULES = (
+    (2, 64, DecodeConfig(tile=16, warps=1, stages=3, programs=8, least=128)),
+    (2, 128, DecodeConfig(tile=16, warps=2, stages=3, programs=4, least=128)),
+    *DECODE_RULES[2:],
 )
 PREFILL_RULES = (
     (2, 64, PrefillConfig(block_m=128, tile=64, warps=4, stages=3)),
@@ -108,6 +126,32 @@ def paged_attention(
     return out
 
 
+def decode_attention(
+    qkv: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    max_seq_len: int,
+    num_heads: int,
+) -> torch.Tensor:
+    """See kernels/ops/decode_attention.py; may be recorded, and must follow others, as paged_attention."""
+    assert qkv.stride(1) == 1
+    head_dim = key_cache.shape[3]
+    query = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if len(query):
+        tensors = (query, key_cache, value_cache, seq_lens, seq_lens, block_tables, out)  # no row starts are needed
+        newest = Newest(query_weight, key_weight, cos_sin, eps)
+        decode(*tensors, scale * _LOG2E, max_seq_len, mixed=False, newest=newest)
+    return out
+
+
 def decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -120,15 +164,18 @@ def decode(
     max_seq_len: int,
     mixed: bool,
     config: DecodeConfig | None = None,
+    newest: Newest | None = None,
 ) -> None:
-    """The rows of one query token, into `out`; where not `mixed`, that is every row."""
+    """The rows of one query token, into `out`; where not `mixed`, that is every row. With `newest`, `query` is the
+    beginning of each row of the merged projection, and the rest of it follows there."""
     num_heads, head_dim = query.shape[1:]
     _, block_size, kv_heads, _ = key_cache.shape
     num_rows, group = seq_lens.shape[0], num_heads // kv_heads
     head_pad = max(16, triton.next_power_of_2(head_dim))
     heads_pad = triton.next_power_of_2(group)
     group_pad = max(16, heads_pad)
-    config = config or rule(DECODE_RULES, query.dtype, head_pad * group_pad // 16)
+    rules = DECODE_RULES if newest is None else FUSED_RULES
+    config = config or rule(rules, query.dtype, head_pad * group_pad // 16)
     least = max(1, config.least // config.tile)
     shared = config.shared_bytes(group_pad, head_pad, query.element_size())
     groups = _programs(query.device, config.programs, shared) // kv_heads
@@ -148,6 +195,7 @@ def decode(
         partial,
         lse,
         arrived,
+        *((None, None, None, 0.0) if newest is None else newest),
         scale_log2,
         num_rows,
         least,
@@ -167,8 +215,10 @@ def decode(
         ROWS=_ROWS,
         HEADS=heads_pad,
         PARTS=max(2, min(32, _PART_VALUES // (heads_pad * head_pad))),
-        AHEAD=_AHEAD,
+        AHEAD=_AHEAD if newest is None else _AHEAD_FUSED,
+        LATE=newest is not None and num_rows in _LATE_ROWS,
         MIXED=mixed,
+        FUSED=newest is not None,
         PRECISION="ieee",
         num_warps=config.warps,
         num_stages=config.stages,

@@ -57,6 +57,8 @@ class FakeRanks:
                 )
                 if step < steps and not self.ended[int(row)]
             ]
+            for row, _, _ in taking if out.rows_decode_apart else ():  # before any other row has written
+                self._read(row)
             for row, count, _ in taking:  # a pass writes the KV of all its tokens before any row reads
                 self._write(row, count)
             for row, _, samples in taking:

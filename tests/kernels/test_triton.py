@@ -44,9 +44,13 @@ def check(name: str, dtype: str, device: str, monkeypatch) -> None:
     op = load_op(name)
     run = op.get("triton")
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-    keep_wide = {"sample_rows": (1,), "best_of_part": (1,), "qk_norm_rope_store": (4,), "penalise": (0, 4)}.get(
-        name, ()
-    )
+    keep_wide = {
+        "sample_rows": (1,),
+        "best_of_part": (1,),
+        "qk_norm_rope_store": (4,),
+        "decode_attention": (4,),
+        "penalise": (0, 4),
+    }.get(name, ())
     for case in op.cases(device):
         wanted = [cast(v, getattr(torch, dtype)) if i not in keep_wide else v for i, v in enumerate(case)]
         ours = copy.deepcopy(wanted)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from shoal.kernels.ops.decode_attention import decode_attention
 from shoal.kernels.ops.qk_norm_rope_store import qk_norm_rope_store
 from shoal.workers.layers.attention import Attention
 from shoal.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -50,17 +51,21 @@ class RotaryAttention(torch.nn.Module):
         Keys and values of all tokens go into the cache.
         """
         metadata = batch.attention
-        query = qk_norm_rope_store(
-            self.qkv_proj(x),
+        qkv = self.qkv_proj(x)
+        norms = (
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.norm_eps,
-            *rotation,
-            kv_cache[0],
-            kv_cache[1],
-            metadata.slot_mapping,
-            self.num_heads,
         )
+        table, positions = rotation
+        if metadata.rows_decode_apart:
+            lengths, tables, longest = metadata.seq_lens, metadata.block_tables, metadata.max_seq_len
+            output = decode_attention(
+                qkv, *norms, table, kv_cache[0], kv_cache[1], lengths, tables, self.attn.scale, longest, self.num_heads
+            )
+            return output.view(len(qkv), -1)
+        slots = metadata.slot_mapping
+        query = qk_norm_rope_store(qkv, *norms, table, positions, kv_cache[0], kv_cache[1], slots, self.num_heads)
         if pick and batch.sampling_rows is not None:
             # In this order: attention looks at lengths and tables while the kernel before it still runs.
             metadata = metadata.of_last_tokens(batch.sampling_rows)
