@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -104,6 +105,7 @@ def settle(before: dict[str, object] | None) -> dict[str, object]:
 
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
+        gc.collect()  # what failed in other tests: exceptions and their frames hold handles of Ray Data's actors
         now = state()
         done = not (now["actors"] or now["groups"] or now["files"]) and now["cpus"] == ray.cluster_resources()["CPU"]
         if done and (before is None or now["shared memory"] == before["shared memory"]):
