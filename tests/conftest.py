@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import secrets
+import sys
 import tempfile
 import zlib
 
@@ -263,14 +264,37 @@ def local_llm(monkeypatch):
     use_implementation("reference")
 
 
+def _load(name: str):
+    """A module of tests/stub, once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).parent / "stub" / f"{name}.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def parallel_jobs():
     """The module tests/stub/parallel_jobs.py."""
-    path = pathlib.Path(__file__).parent / "stub" / "parallel_jobs.py"
-    spec = importlib.util.spec_from_file_location("parallel_jobs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("parallel_jobs")
+
+
+@pytest.fixture(scope="session")
+def stub_ranks():
+    """The module tests/stub/stub_ranks.py."""
+    return _load("stub_ranks")
+
+
+@pytest.fixture(scope="session")
+def stub_model(stub_ranks, tmp_path_factory):
+    """Folder of what the client side needs of a model whose ranks are stubs."""
+    return stub_ranks.make_model(tmp_path_factory.mktemp("stub-model"))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Finds processes of this test run's Ray: processes.named("ray::StubWorker") -> pids."""
+    return _load("processes")
 
 
 @pytest.fixture(scope="session")

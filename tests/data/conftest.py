@@ -2,27 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-STUB = Path(__file__).resolve().parents[1] / "stub" / "stub_ranks.py"
-
-
-@pytest.fixture(scope="session")
-def stub_ranks():
-    if "stub_ranks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("stub_ranks", STUB)
-        sys.modules["stub_ranks"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["stub_ranks"]
-
-
-@pytest.fixture(scope="session")
-def stub_model(stub_ranks, tmp_path_factory):
-    return stub_ranks.make_model(tmp_path_factory.mktemp("stub-model"))
 
 
 @pytest.fixture

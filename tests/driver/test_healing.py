@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import queue
-import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,17 +21,7 @@ from shoal.driver.worker_group import RankDiedError, StepMemoryError
 from shoal.workers.config import LoadConfig
 from shoal.workers.plan import SchedulerOutput
 
-STUB = Path(__file__).resolve().parents[1] / "stub" / "stub_ranks.py"
 LENGTH = 30
-
-
-@pytest.fixture(scope="module")
-def stub_ranks():
-    if "stub_ranks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("stub_ranks", STUB)
-        sys.modules["stub_ranks"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["stub_ranks"]
 
 
 class Died(Exception):

@@ -76,7 +76,7 @@ def os_getpid(worker) -> int:
     return os.getpid()
 
 
-def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model_folder, tmp_path) -> None:
+def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model, tmp_path) -> None:
     """replicas="auto" on one node; a second node joins: another engine. That node dies: the rest answers its rows."""
     from ray.cluster_utils import Cluster
 
@@ -94,7 +94,7 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model_folder, tmp_pat
     try:
         command = [
             sys.executable, str(STUB_CLI), "run-batch", "-i", str(source), "-o", str(output), "--model",
-            stub_model_folder, "--address", cluster.address, "--replicas", "auto", "--max-num-seqs", "8",
+            stub_model, "--address", cluster.address, "--replicas", "auto", "--max-num-seqs", "8",
             "--max-model-len", "256", "--sampling-params", '{"max_tokens": 64}',
         ]  # fmt: skip
         log = (tmp_path / "job.log").open("w")
@@ -130,11 +130,3 @@ def wait_for(condition, job, said) -> None:
         assert job.poll() is None, said()
         assert time.monotonic() < deadline, said()
         time.sleep(0.1)
-
-
-@pytest.fixture
-def stub_model_folder(tmp_path):
-    code = f"import stub_ranks; stub_ranks.make_model({str(tmp_path / 'model')!r})"
-    path = f"{STUB_CLI.parent}:{os.environ.get('PYTHONPATH', '')}"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
-    return str(tmp_path / "model")

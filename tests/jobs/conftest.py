@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,30 +13,6 @@ from pathlib import Path
 import pytest
 
 STUB = Path(__file__).resolve().parents[1] / "stub"
-
-
-def load(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, STUB / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def stub_ranks():
-    return load("stub_ranks")
-
-
-@pytest.fixture(scope="session")
-def stub_model(stub_ranks, tmp_path_factory):
-    return stub_ranks.make_model(tmp_path_factory.mktemp("stub-model"))
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """Finds processes of this test run's Ray: processes.named("ray::StubWorker") -> pids."""
-    return load("processes")
 
 
 class Ran:
