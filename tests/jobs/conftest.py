@@ -37,10 +37,13 @@ class Ran:
         return json.loads(path.read_text()) if path.exists() else None
 
     def records(self, kind):
-        """Metas of all records of one kind, of every epoch."""
+        """Metas of all records of one kind that are part of the ledger, of every epoch."""
+        seals = sorted(self.state.glob("seal-*.json"))
+        sealed = json.loads(seals[-1].read_text())["parts"] if seals else {}
         found = []
         for path in sorted(self.state.glob("ledger-*.jsonl")):
-            metas = [json.loads(line[9:].split("\t")[0]) for line in path.read_text().splitlines()]
+            lines = path.read_bytes()[: sealed.get(path.name)].splitlines()  # what came after its seal does not count
+            metas = [json.loads(line[9:].split(b"\t")[0]) for line in lines]
             found += [meta for meta in metas if meta["t"] == kind]
         return found
 
