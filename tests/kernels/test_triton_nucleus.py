@@ -5,53 +5,14 @@ In the interpreter by test_interpreter.py, and on a GPU where there is one.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from shoal.kernels.ops.philox import gumbel_noise
 from shoal.kernels.registry import load_op
+from tests.kernels.test_triton_top_ids import INF, _poisoned, everywhere, normal, on_a_gpu  # noqa: F401
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TARGETS = [
-    pytest.param(
-        "cpu",
-        dtype,
-        marks=pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreter.py"),
-        id=f"cpu-{dtype}",
-    )
-    for dtype in DTYPES[:2]
-] + [
-    pytest.param(
-        "cuda",
-        dtype,
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
-        id=f"cuda-{dtype}",
-    )
-    for dtype in DTYPES
-]
-everywhere = pytest.mark.parametrize(("device", "dtype"), TARGETS)
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-INF = float("inf")
 TOP_P = (0.9, 0.3, 0.999, 1e-9, 0.6)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Memory that a kernel leaves unwritten shows."""
-
-    def fill(tensor):
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-99)
-
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
-
-
-def normal(*shape, device="cpu", dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
 
 def streams_of(rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
