@@ -51,8 +51,6 @@ class ProcessorConfig(BaseModel):
     """Rows in blocks that one engine's actor holds at once. None: 16 for each of the engine's max_num_seqs."""
     replicas: int = Field(default=1, ge=1)
     """Engines, each in an actor of its own; Ray Data gives blocks to the one that has fewest."""
-    prepare_cpus: float = Field(default=0.5, gt=0)
-    """CPUs that a task of preprocessing, templates and tokenizing takes."""
     max_restarts: int = Field(default=12, ge=0)
     """Deaths of an engine in a row, with no row answered in between, after which the pipeline fails."""
     idle_s: float = Field(default=300.0, gt=0)

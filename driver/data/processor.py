@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PREPARE_ROWS = 256  # made ready at once, at least; Ray Data starts a few tasks a second
 _ENGINE_CPUS = 0.01
 _POST_CPUS = 0.25
-_READ_CPUS = 1.0  # what Ray Data's own tasks take
+_TASK_CPUS = 1.0  # what Ray Data's own tasks take, and those that read
 _SMALL_SLOTS, _BIG_SLOTS = 256, 1024  # rows an engine runs at once where nothing else is said
 
 
@@ -68,13 +68,14 @@ class _Processor:
         generating = ray.put((config.model_copy(update={"engine": engine}), whole))
         slots = config.engine.max_num_seqs or self._slots()
         blocks, size = config.open_blocks(slots), config.block_rows(slots)
-        # Ray Data makes one stage of these two, and no tasks of their own for cutting and joining blocks: on few cores
-        # those took longer than the rows. Whole batches, whatever the blocks; out of a task come the engine's blocks.
+        # Ray Data makes one stage of these two while their tasks take the same CPUs, and repartition's take one. In its
+        # own tasks cutting blocks takes longer than the rows on few cores, and a new process while the engine waits for
+        # its first rows. Whole batches, whatever the blocks; out of a task come the engine's blocks.
         ready = dataset.map_batches(
             prepare,
             batch_size=max(1, max(_PREPARE_ROWS, slots) // size) * size,
             batch_format="pyarrow",
-            num_cpus=config.prepare_cpus,
+            num_cpus=_TASK_CPUS,
             compute=TaskPoolStrategy(),
             fn_kwargs={"name": name, "reference": [preparing]},
         ).repartition(target_num_rows_per_block=size, strict=True)
@@ -111,10 +112,10 @@ class _Processor:
 
         config = self._config
         engines = config.replicas * (_ENGINE_CPUS + 0.01 * config.engine.tensor_parallel_size)
-        needed = _READ_CPUS + config.prepare_cpus + engines
+        needed = _TASK_CPUS + engines
         total = ray.cluster_resources().get("CPU", 0.0)
         if total < needed:
             raise PlacementError(
-                f"the pipeline needs {needed:g} CPUs: {_READ_CPUS:g} to read, {config.prepare_cpus:g} to tokenize "
-                f"(prepare_cpus), {engines:g} for {config.replicas} engine(s) (replicas); the Ray cluster has {total:g}"
+                f"the pipeline needs {needed:g} CPUs: {_TASK_CPUS:g} to read and to tokenize, {engines:g} for "
+                f"{config.replicas} engine(s) (replicas); the Ray cluster has {total:g}"
             )
