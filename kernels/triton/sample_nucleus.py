@@ -183,6 +183,9 @@ def sample_nucleus(
     out = torch.empty(rows, dtype=torch.int64, device=device)
     if not rows:
         return out
+    temperature, top_p = temperature.contiguous(), top_p.contiguous()  # may be columns of a table
+    streams, positions = streams.contiguous(), positions.contiguous()
+    log_min_p = None if log_min_p is None else log_min_p.contiguous()
     chunks = triton.cdiv(vocab, _CHUNK)
     grid, padded = (rows, chunks), triton.next_power_of_2(chunks)
     maxima, value = (torch.empty(grid, dtype=torch.float32, device=device) for _ in range(2))

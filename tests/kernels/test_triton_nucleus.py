@@ -22,9 +22,11 @@ def streams_of(rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def wishes(rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """temperature and top_p that differ from row to row."""
+    """temperature and top_p that differ from row to row, as columns of a table."""
     row = torch.arange(rows, device=device)
-    return 0.4 + 0.3 * (row % 7), torch.tensor(TOP_P, dtype=torch.float64, device=device)[row % len(TOP_P)]
+    top_p = torch.tensor(TOP_P, dtype=torch.float64, device=device)[row % len(TOP_P)]
+    table = torch.stack([0.4 + 0.3 * (row % 7), top_p], dim=1)
+    return table[:, 0].to(torch.float32), table[:, 1]
 
 
 def assert_drawn(logits, temperature, log_min_p, top_p) -> torch.Tensor:
