@@ -21,7 +21,7 @@ from shoal.driver.request import Death, EngineRequest, FinishedRequest
 
 _MOST_BOOT_FAILURES = 3
 _RETRY_S = 1.0
-_END_S = 1.0
+_END_S = 10.0
 
 Answer = list[FinishedRequest] | Fault
 
@@ -74,11 +74,12 @@ class Pump:
         return future
 
     def close(self) -> None:
-        """Ends the engine and gives back what it holds; rows in it are lost. Does not wait for it."""
+        """Ends the engine and gives back what it holds; rows in it are lost. Waits for that for a while."""
         self._inbox.put(None)
         self._replica.stop()
         if self._replica.is_up:
             self._replica.engine.end_when_silent(_END_S)  # should there be no time left to end it in order
+        self._replica.join(_END_S)  # its thread asks Ray, which a process must not leave in the middle of that
 
     def _run(self) -> None:
         while (event := self._next_event()) is not None:
