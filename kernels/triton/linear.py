@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from shoal.kernels.triton.activation import KINDS, activate, activation_and_mul
 from shoal.kernels.triton.dependent import launch_options, prefetch, wait_for_previous
+from shoal.kernels.triton.many_rows import many_rows, suits_added, suits_gated
 from shoal.kernels.triton.rms_norm import add_parts_norm, rms_norm
 
 Rules = Sequence[tuple[int, "LinearConfig"]]
@@ -241,6 +242,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     """See kernels/ops/gated_linear.py."""
     config = rule(GATED_RULES, x, weight)
+    if config is None and suits_gated(x, weight):
+        return many_rows(x, weight, name)
     if config is None:
         return activation_and_mul(functional.linear(x, weight), name)
     return gated(x, weight, name, config)
@@ -251,6 +254,8 @@ def linear_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels/ops/linear_add_norm.py."""
     config = rule(SPLIT_RULES, x, weight, most_padded=SPLIT_RULES[-1][0])
+    if config is None and suits_added(x, weight, residual):
+        return rms_norm(many_rows(x, weight, residual=residual), norm_weight, eps)
     if config is None:
         return rms_norm(functional.linear(x, weight), norm_weight, eps, residual)
     return add_parts_norm(linear_parts(x, weight, None, config), config.parts, norm_weight, eps, residual)

@@ -13,6 +13,7 @@ def _compile(function, arguments: tuple, options: dict) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     values = dict(zip(function.arg_names, arguments, strict=False)) | options
     short = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16"}
@@ -24,7 +25,9 @@ def _compile(function, arguments: tuple, options: dict) -> Any:
         if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name], aligned = f"tensordesc<{short[value.base.dtype]}{value.block_shape}>", False
+        elif isinstance(value, torch.Tensor):
             signature[parameter.name], aligned = "*" + short[value.dtype], value.data_ptr() % 16 == 0
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
