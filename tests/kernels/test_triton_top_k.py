@@ -39,7 +39,7 @@ def assert_drawn(logits, temperature, log_min_p, top_k, top_p, k) -> torch.Tenso
 
 @everywhere
 @pytest.mark.parametrize("capacity", [4096, 16], ids=["collected", "overflowing"])
-@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (40, 9), (40, 33), (4200, 5), (4200, 700)])
+@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (40, 33), (1000, 20)])
 def test_every_kind_of_row(vocab, k, capacity, device, dtype, monkeypatch) -> None:
     """Peaked and flat rows, ties (float16 and rounded logits), rows of one value, with min_p and without."""
     set_capacity(monkeypatch, capacity)
