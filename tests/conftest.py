@@ -26,11 +26,12 @@ _TOGETHER = ("data", "jobs", "faults")  # they look for processes of engines wit
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Where two processes share the tests, a file's stay in one, with the engines that they share."""
+    """Where two processes share the tests, a file's stay in one, with the engines they share; examples share none."""
     here = pathlib.Path(__file__).parent
     for item in items:
         path = item.path.relative_to(here)
-        item.add_marker(pytest.mark.xdist_group("stubs" if path.parts[0] in _TOGETHER else str(path)))
+        if path.name != "test_examples.py":
+            item.add_marker(pytest.mark.xdist_group("stubs" if path.parts[0] in _TOGETHER else str(path)))
 
 
 FAMILIES = ("llama", "qwen3", "granite", "gpt2", "opt", "opt-post-norm")
