@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _DECODE_ROWS = (1, 16, 17, 64, 65, 128, 129, 256, 257)  # ends of the ranges of rows that have tiles of their own
 _TRIED_ROWS = 2  # the first greedy, the other random
 _PREFILL_ROWS = ([512], [128, 128, 128, 128, 1, 1, 1, 1])  # tokens of a pass; of one whose rows partly decode
-_FULL_ROW = 512  # of a pass as large as they get
 
 
 def compile_kernels(runner: ModelRunner) -> None:
@@ -26,8 +25,7 @@ def compile_kernels(runner: ModelRunner) -> None:
 
     runner.allocate_kv(2)
     with compiling_only():
-        full = [_FULL_ROW] * (runner.config.max_num_batched_tokens // _FULL_ROW)
-        for counts in (*_PREFILL_ROWS, full or [1]):
+        for counts in _PREFILL_ROWS:
             runner.model(_pass(runner, counts), runner.kv_cache)
         if runner.graphs is not None:
             for rows in _DECODE_ROWS:
