@@ -245,7 +245,8 @@ def test_what_cannot_be_placed_is_refused(run, write_rows, stub_model, tmp_path_
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
-    assert "CPU: 3 needed, 2 free of 2" in message, message
+    # What its own tasks still take, while they start, is not free.
+    assert re.search(r"CPU: 3 needed, (2|1\.\d+) free of 2", message), message
     gpus = run(write_rows(ROWS), engine={"device": "cuda"}, fresh=True)
     assert gpus.code == Exit.USAGE
     assert "the Ray cluster has 0" in gpus.status()["message"]
