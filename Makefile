@@ -42,7 +42,7 @@ demo: $(VENV)/.installed $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@$(BIN)/shoal report answers.jsonl --output report.html
 	@$(BIN)/python examples/show_answers.py answers.jsonl
 
-# Two tests at a time, but for those that measure. Exit code 5: PYTEST_ARGS chose none.
+# Two tests at a time, but for those that kill and measure. Exit code 5: PYTEST_ARGS chose none.
 test: $(VENV)/.dev $(WEIGHTS_STAMP) $(RAY_TOKEN)
 	@env -u RAY_ADDRESS $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak and not alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	@env -u RAY_ADDRESS $(BIN)/python -m pytest -m "alone and not soak" $(PYTEST_ARGS) || [ $$? -eq 5 ]

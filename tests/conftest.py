@@ -22,16 +22,19 @@ os.environ["SHOAL_CPU_KVCACHE_SPACE"] = "0.25"
 
 import pytest  # noqa: E402
 
-_TOGETHER = ("data", "jobs", "faults")  # they look for processes of engines with stub ranks: one after another
+_ALONE = ("data", "jobs", "faults")  # what is in these kills processes, times them and looks for those that are left
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
     """Where two processes share the tests, a file's stay in one, with the engines they share; examples share none."""
     here = pathlib.Path(__file__).parent
     for item in items:
         path = item.path.relative_to(here)
+        if path.parts[0] in _ALONE:
+            item.add_marker("alone")
         if path.name != "test_examples.py":
-            item.add_marker(pytest.mark.xdist_group("stubs" if path.parts[0] in _TOGETHER else str(path)))
+            item.add_marker(pytest.mark.xdist_group(str(path)))
 
 
 FAMILIES = ("llama", "qwen3", "granite", "gpt2", "opt", "opt-post-norm")

@@ -114,7 +114,6 @@ def settle(before: dict[str, object] | None) -> dict[str, object]:
     return now
 
 
-@pytest.mark.alone
 def test_engines_leave_nothing(ray_cluster, tiny_checkpoint) -> None:
     run_rounds(tiny_checkpoint("llama"), 2, tensor_parallel_size=2)
 

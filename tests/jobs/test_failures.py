@@ -271,7 +271,6 @@ def test_tokens_add_up(run, write_rows, monkeypatch, tmp_path):
     assert sum(prompt for prompt, _, _ in usage) == tokens["prompt"] == sum(len(row["prompt"]) for row in rows)
 
 
-@pytest.mark.alone
 def test_two_engines_share_a_skewed_input(run, write_rows, monkeypatch, tmp_path):
     """All long rows come first and go to one engine, until the other takes what cannot be running there; in the end
     neither stands idle for 5% of the time."""
@@ -331,7 +330,6 @@ def test_one_of_two_engines_dies(run, write_rows, monkeypatch, load_job, tmp_pat
     assert ran.report()["engines"]["deaths"] == 1
 
 
-@pytest.mark.alone
 @pytest.mark.contract
 def test_nothing_is_left_behind(run, write_rows, processes, tmp_path):
     """Clause 15."""

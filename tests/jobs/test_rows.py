@@ -256,7 +256,6 @@ def test_progress_and_samples(run, write_rows, caplog, monkeypatch):
     assert [p["settled"] for p in points] == sorted(p["settled"] for p in points)
 
 
-@pytest.mark.alone
 def test_the_engine_is_kept_full(run, write_rows, tmp_path, monkeypatch):
     lengths = np.clip(np.random.default_rng(0).lognormal(3.0, 0.9, 2400), 4, 200).astype(int).tolist()
     rows = [{"id": f"r{i}", "prompt": "x", "sampling_params": {"max_tokens": n}} for i, n in enumerate(lengths)]
