@@ -240,13 +240,12 @@ def test_what_cannot_be_placed_is_refused(run, write_rows, stub_model, tmp_path_
     heads = {"num_attention_heads": 300, "num_key_value_heads": 300, "hidden_size": 2400, "intermediate_size": 2400}
     (wide / "config.json").write_text(json.dumps(config | heads))
     started = time.monotonic()
-    engine = {"model": str(wide), "tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 2}
-    ran = run(write_rows(ROWS), engine=engine)
+    engine = {"model": str(wide), "tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 8}
+    ran = run(write_rows(ROWS), engine=engine)  # longer than the job's own tasks need to start and end
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
-    # What its own tasks still take, while they start, is not free.
-    assert re.search(r"CPU: 3 needed, (2|1\.\d+) free of 2", message), message
+    assert "CPU: 3 needed, 2 free of 2" in message, message
     gpus = run(write_rows(ROWS), engine={"device": "cuda"}, fresh=True)
     assert gpus.code == Exit.USAGE
     assert "the Ray cluster has 0" in gpus.status()["message"]
