@@ -44,7 +44,7 @@ class FakeGroup:
             raise PlacementError("no place for it")
 
     def setup(self, configs, processors, timeout_s):
-        self.runner = self.stub.StubRunner(0.0, None)
+        self.runner = self.stub.StubRunner("0", None)
         return [{"load_s": 0.0, "weight_bytes": 1, "block_bytes": 1024}]
 
     def run(self, method, *args):

@@ -83,8 +83,9 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model, tmp_path) -> N
     rows = [
         {"id": str(i), "prompt": f"row {i}", "sampling_params": {"extra_args": {"length": 30}}} for i in range(1000)
     ]
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source, output, step_s = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "step_s"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    step_s.write_text("0.06")  # one engine would need four minutes: however long another's start takes, rows are left
     memory = {"object_store_memory": 100 << 20}
     cluster = Cluster(
         initialize_head=True,
@@ -99,7 +100,7 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model, tmp_path) -> N
         ]  # fmt: skip
         log = (tmp_path / "job.log").open("w")
         job = subprocess.Popen(
-            command, env={**os.environ, "SHOAL_STUB_STEP_S": "0.01"}, stdout=log, stderr=subprocess.STDOUT
+            command, env={**os.environ, "SHOAL_STUB_STEP_S": str(step_s)}, stdout=log, stderr=subprocess.STDOUT
         )
         said = lambda: (tmp_path / "job.log").read_text()  # noqa: E731
         wait_for(lambda: ledger_rows(output) > 20, job, said)
@@ -109,6 +110,8 @@ def test_a_cluster_that_grows_and_shrinks_under_a_job(stub_model, tmp_path) -> N
         before = ledger_rows(output)
         wait_for(lambda: ledger_rows(output) > before + 60, job, said)
         cluster.remove_node(node, allow_graceful=False)
+        step_s.with_suffix(".new").write_text("0.005")
+        step_s.with_suffix(".new").rename(step_s)
         assert job.wait(120) == 0, said()
     finally:
         if job is not None and job.poll() is None:

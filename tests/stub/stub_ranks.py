@@ -2,7 +2,8 @@
 
 A row's tokens follow from its random stream and the position, so that a row that is run again comes out the same. A
 row says by `extra_args` in its sampling parameters what it does: {"length": n} ends it after n tokens, {"kill": true}
-ends the process. SHOAL_STUB_STEP_S is how long one decode step takes; SHOAL_STUB_TOKENS, a folder where each rank
+ends the process. SHOAL_STUB_STEP_S is how long one decode step takes, or the path of a file that says so, read at
+every step; SHOAL_STUB_TOKENS, a folder where each rank
 leaves the number of tokens it made. SHOAL_STUB_OCCUPANCY, a folder where each rank leaves, at every admission of rows,
 the rows admitted so far, the seconds since the first, and the share of slots that were full in that time.
 """
@@ -39,8 +40,10 @@ def token_at(stream: int, position: int) -> int:
 class StubRunner:
     """What a rank computes: nothing."""
 
-    def __init__(self, step_s: float, tokens_file: int | None, slots: int = 1, slots_file: Path | None = None) -> None:
-        self._step_s, self._tokens_file = step_s, tokens_file
+    def __init__(self, step_s: str, tokens_file: int | None, slots: int = 1, slots_file: Path | None = None) -> None:
+        self._step_file = None if step_s[:1].isdigit() else Path(step_s)
+        self._step_s = float(step_s) if self._step_file is None else 0.0
+        self._tokens_file = tokens_file
         self._slots, self._slots_file = slots, slots_file
         self._began = self._last = 0.0
         self._running = self._admitted = 0
@@ -98,6 +101,8 @@ class StubRunner:
         self._made += int((out >= 0).sum())
         if self._tokens_file is not None:
             os.pwrite(self._tokens_file, b"%020d" % self._made, 0)  # whole, whenever the process is killed
+        if self._step_file is not None:
+            self._step_s = float(self._step_file.read_text())
         return StubPending(StepOutput(plan.step_id, out), time.monotonic() + self._step_s * plan.num_steps)
 
 
@@ -153,7 +158,7 @@ class StubWorker(Worker):
             tokens_file = os.open(Path(folder, f"{os.getpid()}"), os.O_CREAT | os.O_WRONLY, 0o644)
         slots = os.environ.get("SHOAL_STUB_OCCUPANCY")
         slots_file = None if slots is None or config.rank else Path(slots, f"{os.getpid()}")
-        step_s = float(os.environ.get("SHOAL_STUB_STEP_S", "0.002"))
+        step_s = os.environ.get("SHOAL_STUB_STEP_S", "0.002")
         self.runner = StubRunner(step_s, tokens_file, config.max_num_seqs, slots_file)
         return {"load_s": 0.0, "weight_bytes": 1, "block_bytes": 1024}
 
