@@ -222,14 +222,18 @@ class InputProcessor:
         return results
 
     def _encode(self, texts: list[str], options: TokenizeOptions) -> list[list[int] | Exception]:
-        if not texts:
-            return []
+        found: list[list[int] | Exception] = []
+        for start in range(0, len(texts), CHUNK_TEXTS):  # thousands at once need more memory than caches have
+            found += self._encode_chunk(texts[start : start + CHUNK_TEXTS], options)
+        return found
+
+    def _encode_chunk(self, texts: list[str], options: TokenizeOptions) -> list[list[int] | Exception]:
         try:
             return list(self._call(texts, options))
         except Exception as error:  # a tokenizer may raise anything; then find out which text it is
             if len(texts) == 1:
                 return [ValueError(f"The tokenizer failed on this prompt: {error}")]
-            return [self._encode([text], options)[0] for text in texts]
+            return [self._encode_chunk([text], options)[0] for text in texts]
 
     def _call(self, texts: list[str], options: TokenizeOptions) -> list[list[int]]:
         if options.truncate_to is None and self._backend is not None:

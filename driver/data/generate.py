@@ -8,8 +8,6 @@ import json
 import os
 from typing import Any
 
-import numpy as np
-
 from shoal.driver.binding import Row
 from shoal.driver.data.config import make_processor_config
 from shoal.driver.data.pump import Answer, Pump
@@ -18,6 +16,7 @@ from shoal.driver.data.stages import Preparation
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.forms.plain import answer_columns
 from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.packed import unpack_ids
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.outputs import make_output
 
@@ -89,7 +88,7 @@ class Generate:
     def _row(self, place: int, state: dict[str, Any]) -> Row | Fault:
         if state["fault"] is not None:
             return Fault(**json.loads(state["fault"]))
-        ids = np.frombuffer(state["token_ids"], np.int32).tolist()
+        ids = unpack_ids(state["token_ids"])
         row = Row(place, state["stream"], 0, state["prompt"], ids, self._bounds.find(state["sampling"]))
         try:
             self._tools.inputs.check_length(ids)  # the engine may take less than the model would

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from shoal.driver.data.config import ProcessorConfig
@@ -19,6 +18,7 @@ from shoal.driver.jobs.forms.base import RowRequest
 from shoal.driver.jobs.forms.plain import PlainForm
 from shoal.driver.jobs.keys import stream_number
 from shoal.driver.jobs.model import RowModel
+from shoal.driver.jobs.packed import pack_ids
 from shoal.driver.jobs.prepare import Ready, RowPreparer
 
 RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
@@ -91,8 +91,12 @@ def _state(ready: Ready | None, fault: Fault | None, stream: int) -> dict[str, A
     if ready is None:
         assert fault is not None, "a row is ready or has a fault"
         return {"stream": stream, "fault": json.dumps(asdict(fault))}
-    ids = np.asarray(ready.token_ids, np.int32).tobytes()
-    return {"token_ids": ids, "prompt": ready.prompt, "sampling": ready.sampling, "stream": stream}
+    return {
+        "token_ids": pack_ids(ready.token_ids),
+        "prompt": ready.prompt,
+        "sampling": ready.sampling,
+        "stream": stream,
+    }
 
 
 def prepare(table: Any, name: str, reference: list[Any]) -> Any:

@@ -12,14 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from shoal.driver.binding import Row
 from shoal.driver.dispatch import Tries
 from shoal.driver.jobs.faults import Fault
 from shoal.driver.jobs.keys import KeyTable, stream_number
 from shoal.driver.jobs.model import ModelTools
-from shoal.driver.jobs.packed import PackedRow, rows_of
+from shoal.driver.jobs.packed import PackedRow, rows_of, unpack_ids
 from shoal.driver.jobs.prefix import Position, Prefix
 from shoal.driver.jobs.prepare import BoundSet
 from shoal.driver.jobs.scan import Duplicates, InputRow
@@ -103,7 +101,7 @@ class Intake:
         for one in scanned.needy:
             assert one.token_ids is not None, "a row that is not done and has no fault was made ready"
             assert one.sampling is not None
-            row, ids = one.row, np.frombuffer(one.token_ids, np.int32).tolist()
+            row, ids = one.row, unpack_ids(one.token_ids)
             bound = self._bounds.find(one.sampling.decode("utf-8", "surrogatepass"))
             ready = Row(row.index, stream_number(row.row_id), 0, None, ids, bound)
             try:

@@ -50,6 +50,7 @@ JOB_FILE = "job.json"
 _STATUS_S, _REMOTE_STATUS_S = 1.0, 15.0
 _ENGINES_END_S = 30.0
 _FULL_RETRY_S = 2.0
+_SHORT_S = 1.0  # a validation that takes less has no Ray started beside it: it may be all there is to do
 
 
 def run_job(config: JobConfig, make_model: MakeModel = RowModel.find) -> Exit:
@@ -190,9 +191,14 @@ class Job:
         """Reads the input without a model; the number of its rows, None where it has more than were looked at."""
         config = self._config
         scanner = Scanner(self._form, self._keys)
-        result = validate(
-            self._files, scanner, config.validate_rows, config.max_line_bytes, give_up=lambda: self._stop.asked
-        )
+        ray_from = time.monotonic() + _SHORT_S
+
+        def give_up() -> bool:
+            if time.monotonic() > ray_from:
+                self._held_ray.begin()  # its seconds and those of a long input go by together
+            return self._stop.asked
+
+        result = validate(self._files, scanner, config.validate_rows, config.max_line_bytes, give_up)
         if self._stop.asked:
             return None
         self._num_faults = result.num_faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def pack_rows(lines: Any, rows: Sequence[InputRow], ready: Sequence[Ready | None
         [row.row_id.encode("utf-8", "surrogatepass") for row in rows],
         [row.id_hash for row in rows],
         [row.key for row in rows],
-        [None if one is None else np.asarray(one.token_ids, np.int32).tobytes() for one in ready],
+        [None if one is None else pack_ids(one.token_ids) for one in ready],
         [None if one is None else one.sampling.encode("utf-8", "surrogatepass") for one in ready],
     ]
     return pa.table(columns, schema=ROWS)
@@ -94,6 +95,17 @@ def rows_of(table: Any, first_index: int, names: Sequence[str]) -> list[PackedRo
         row = InputRow(index, names[file], line, raw, text, id_hash, key, _load(fault))
         found.append(PackedRow(row, file, end, ids, sampling))
     return found
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as int32, in this machine's order. Of a list this takes a third of numpy's time."""
+    return struct.pack(f"={len(ids)}i", *ids)
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """What was packed."""
+    ids: list[int] = memoryview(data).cast("i").tolist()
+    return ids
 
 
 def _dump(fault: Fault | None) -> bytes | None:

@@ -23,7 +23,7 @@ from shoal.driver.jobs.keys import KeyTable, RowKeys
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.jobs.packed import lines_of, pack_lines, pack_rows
 from shoal.driver.jobs.prefix import Position
-from shoal.driver.jobs.prepare import Ready, RowPreparer
+from shoal.driver.jobs.prepare import Ready, RowPreparer, one_thread
 from shoal.driver.jobs.scan import RowReader
 from shoal.driver.jobs.sources.registry import BEGINNING, Start, read_rows
 from shoal.driver.placement import PlacementError
@@ -166,6 +166,7 @@ def _prepare(table: Any, name: str, reference: list[Any]) -> Any:
     if name not in _kept:
         import ray
 
+        one_thread()
         _kept.clear()
         _kept[name] = _Stage(ray.get(reference[0]))
         gc.freeze()  # imports and tokenizer stay: no search for cycles need look through them again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ class RowPreparer:
         if known is None:
             known = _remember(self._renderers, name, ChatRenderer(self._tools.tokenizer, **arguments))
         return known
+
+
+def one_thread() -> None:
+    """In a task's process: tokenizers use the task's share of a core, and not all cores at once, which costs more of
+    them and takes them from the engines. What the environment says goes first."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _remember(known: OrderedDict[str, T], name: str, value: T) -> T:

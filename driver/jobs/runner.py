@@ -334,11 +334,10 @@ class Runner:
         for work in works:
             work.row.first_sequence = self._next_number  # numbers are never used twice: late answers find no owner
             self._next_number += work.size
-            made = self._tools.binder.requests(work.row, 0, work.size)
-            self._sent.update((r.number, _Sent(work, child, number)) for child, r in enumerate(made))
-            for request in made:
+            for child, request in enumerate(self._tools.binder.requests(work.row, 0, work.size)):
+                self._sent[request.number] = _Sent(work, child, number)
                 request.num_solo_deaths = work.tries.ranks_alone
-            requests += made
+                requests.append(request)
         if requests:
             self.replicas[number].submit(requests)
 

@@ -197,6 +197,16 @@ def test_validation_comes_before_engines(run, write_rows, monkeypatch, caplog):
     assert len(ran.rows()) == 42
 
 
+@pytest.mark.parametrize(("short_s", "begins"), [(3600.0, False), (-1.0, True)])
+def test_ray_begins_beside_a_long_validation_only(run, write_rows, monkeypatch, short_s, begins):
+    """One that is short may be all that the job does; a long one and Ray's start go by together."""
+    begun = []
+    monkeypatch.setattr("shoal.driver.jobs.held_ray.HeldRay.begin", lambda held: begun.append(held))
+    monkeypatch.setattr("shoal.driver.jobs.job._SHORT_S", short_s)
+    assert run(write_rows([*ROWS[:3], "no json"])).code == Exit.INVALID_INPUT
+    assert bool(begun) == begins
+
+
 def test_validation_streams_beyond_its_limit(run, write_rows):
     ran = run(write_rows([*ROWS, "no json"]), validate_rows=20)
     assert ran.code == Exit.COMPLETED

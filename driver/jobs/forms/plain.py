@@ -126,8 +126,15 @@ class PlainForm:
     def _kept(self, row_id: str, columns: dict[str, Any]) -> dict[str, Any]:
         names = self._config.columns
         kept = columns if names is None else {name: columns.get(name) for name in names}
-        id_column = self._config.id_column or next((n for n in _ID_COLUMNS if columns.get(n) is not None), "id")
+        id_column = self._config.id_column or _own_id_column(columns)
         return {id_column: columns.get(id_column, row_id), **kept}
+
+
+def _own_id_column(columns: Mapping[str, Any]) -> str:
+    for name in _ID_COLUMNS:
+        if columns.get(name) is not None:
+            return name
+    return "id"
 
 
 def answer_columns(output: RequestOutput, *, token_ids: bool, always_completions: bool) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,10 +58,12 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def _load(raw: bytes) -> Any:
-    if _LONG_NUMBER not in raw.translate(_DIGITS):  # orjson makes a float of a whole number beyond 64 bits
-        with contextlib.suppress(orjson.JSONDecodeError):  # the standard library says better why, or takes it: NaN
-            return orjson.loads(raw)
-    return json.loads(raw.decode("utf-8"))
+    if _LONG_NUMBER in raw.translate(_DIGITS):  # orjson makes a float of a whole number beyond 64 bits
+        return json.loads(raw.decode("utf-8"))
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:  # the standard library says better why, or takes it: NaN
+        return json.loads(raw.decode("utf-8"))
 
 
 def columns_of(raw: bytes) -> dict[str, Any] | None:
