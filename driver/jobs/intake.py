@@ -71,16 +71,17 @@ class Intake:
                 index += table.num_rows
 
     def _scanned_of(self, table: Any, index: int) -> Iterator[Scanned]:
-        for start in range(0, table.num_rows, CHUNK_ROWS):
-            yield self._sort(rows_of(table.slice(start, CHUNK_ROWS), index + start, self._names))
+        packed = rows_of(table, index, self._names)
+        self._duplicates.mark([one.row for one in packed])
+        locations = self._done.find([one.row.key for one in packed]).tolist()
+        for start in range(0, len(packed), CHUNK_ROWS):
+            yield self._sort(packed[start : start + CHUNK_ROWS], locations[start : start + CHUNK_ROWS])
 
-    def _sort(self, packed: list[PackedRow]) -> Scanned:
+    def _sort(self, packed: list[PackedRow], locations: list[int]) -> Scanned:
         last = packed[-1]
-        rows = [one.row for one in packed]
-        self._duplicates.mark(rows)
         settled: list[Settled] = []
         needy: list[PackedRow] = []
-        for one, location in zip(packed, self._done.find([row.key for row in rows]).tolist(), strict=True):
+        for one, location in zip(packed, locations, strict=True):
             if location >= 0:
                 settled.append(Settled(one.row.index, location))
             elif one.row.fault is not None:

@@ -190,7 +190,7 @@ class Job:
     def _validate(self) -> int | None:
         """Reads the input without a model; the number of its rows, None where it has more than were looked at."""
         config = self._config
-        scanner = Scanner(self._form, self._keys)
+        scanner = Scanner(self._form)
         ray_from = time.monotonic() + _SHORT_S
 
         def give_up() -> bool:

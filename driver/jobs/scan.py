@@ -44,7 +44,8 @@ class InputRow:
 class RowReader:
     """What can be said of a row by itself. Remembers nothing: rows may be read anywhere, in any order."""
 
-    def __init__(self, form: Form, keys: RowKeys) -> None:
+    def __init__(self, form: Form, keys: RowKeys | None) -> None:
+        """`keys`: None where rows need none."""
         self._form, self._keys = form, keys
 
     def read(self, index: int, file: str, source: SourceRow) -> tuple[InputRow, dict[str, Any]]:
@@ -56,19 +57,20 @@ class RowReader:
                 columns = parse_object(source.raw)
                 own_id = self._form.row_id(columns)
                 if own_id is not None:
-                    row_id, key = own_id, self._keys.content(source.raw)
+                    row_id, key = own_id, b"" if self._keys is None else self._keys.content(source.raw)
                 self._form.check(columns)
             except RowError as error:
                 fault = error.fault
-        key = key or self._keys.place(file, source.line, source.raw)
+        if not key and self._keys is not None:
+            key = self._keys.place(file, source.line, source.raw)
         return InputRow(index, file, source.line, source.raw, row_id, id_hash(row_id), key, fault), columns
 
 
 class Duplicates:
     """Finds ids that were there before. It must meet every row once, in order."""
 
-    def __init__(self, keys: RowKeys, ids: KeyTable | None = None) -> None:
-        """`ids`: hashes of ids that were there before the first row it meets."""
+    def __init__(self, keys: RowKeys | None, ids: KeyTable | None = None) -> None:
+        """`keys`: as of the rows' reader; `ids`: hashes of ids that were there before the first row it meets."""
         self._keys = keys
         self._ids = KeyTable(with_values=False) if ids is None else ids
 
@@ -84,13 +86,15 @@ class Duplicates:
             message = f"the id {row.row_id!r} was there before: ids must be unique"
             row.fault = Fault("duplicate_id", "validate", message)
             row.row_id = f"{row.row_id}#{row.file}:{row.line}"
-            row.key = self._keys.place(row.file, row.line, row.raw)
+            if self._keys is not None:
+                row.key = self._keys.place(row.file, row.line, row.raw)
 
 
 class Scanner:
     """Turns raw rows into InputRows, in order. It remembers ids, so each raw row is given to it once."""
 
-    def __init__(self, form: Form, keys: RowKeys) -> None:
+    def __init__(self, form: Form, keys: RowKeys | None = None) -> None:
+        """`keys`: None where only what is wrong with rows is asked."""
         self._reader, self._duplicates = RowReader(form, keys), Duplicates(keys)
 
     def scan(self, rows: Sequence[tuple[int, InputFile, SourceRow]]) -> list[InputRow]:
