@@ -133,7 +133,8 @@ class Binder:
 
     def requests(self, row: Row, first_child: int, count: int) -> list[EngineRequest]:
         """EngineRequests of `count` of the row's children. ValueError where min_tokens cannot be reached."""
-        return [self._request(row, child) for child in range(first_child, first_child + count)]
+        now = time.time()
+        return [self._request(row, child, now) for child in range(first_child, first_child + count)]
 
     def stream(self, row_key: int, sample: int, seed: int | None) -> int:
         """Key of a sequence's random stream."""
@@ -154,7 +155,7 @@ class Binder:
                 f"the prompt's {len(row.token_ids)}), got {params.min_tokens}."
             )
 
-    def _request(self, row: Row, child: int) -> EngineRequest:
+    def _request(self, row: Row, child: int, now: float) -> EngineRequest:
         bound = row.bound
         return EngineRequest(
             number=row.first_sequence + child,
@@ -166,7 +167,7 @@ class Binder:
             stream=self.stream(row.request_number, child, bound.params.seed),
             priority=row.priority,
             cache_salt=row.cache_salt,
-            arrival_time=time.time(),
+            arrival_time=now,
         )
 
     def _filled(self, params: SamplingParams, prompt_len: int, child: int) -> SamplingParams:

@@ -189,7 +189,7 @@ class Engine:
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue requests."""
-        self._pending.update((request.number, request) for request in requests)
+        self._pending.update({request.number: request for request in requests})
         try:
             ask(self._driver.submit.remote(RequestBatch(requests)), DRIVER_SILENT_S)
         except _DRIVER_GONE as error:
@@ -209,6 +209,7 @@ class Engine:
                     self._pending[number].num_solo_deaths += alone
         for result in collected.finished:
             self._pending.pop(result.number, None)
+        if collected.finished:
             self._restarts.progress()
         return collected
 

@@ -102,9 +102,9 @@ def make_output(
     log_stats: bool,
 ) -> RequestOutput:
     """Joins a row's children, given in order of their index, into its RequestOutput; any child's error is the row's."""
-    failed = next((child for child in children if child.finish_reason == "error"), None)
-    if failed is not None:
-        return error_output(request_id, prompt, token_ids, failed.error or "the request failed without a message")
+    for child in children:
+        if child.finish_reason == "error":
+            return error_output(request_id, prompt, token_ids, child.error or "the request failed without a message")
     decoder = decoder if params.detokenize else None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if params.prompt_logprobs is not None:

@@ -136,7 +136,7 @@ class Committer:
             codes = [child.error_code for child in children if child.error_code is not None]
             self.error(work, Fault(codes[0] if codes else "engine_refused", "engine", output.error))
             return
-        usage = Usage(len(row.token_ids), sum(len(one.token_ids) for one in children), children[0].num_cached_tokens)
+        usage = Usage(len(row.token_ids), sum([len(one.token_ids) for one in children]), children[0].num_cached_tokens)
         meta = {
             "t": "ok",
             "id": work.row_id,

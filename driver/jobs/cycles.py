@@ -15,8 +15,12 @@ _ROUNDS = (10, 20)  # how many such looks make one at middle-aged objects, and o
 
 @contextlib.contextmanager
 def rare_search() -> Iterator[None]:
-    """For as long as it is entered. What is there already is left out of every search."""
+    """For as long as it is entered. What is there already is left out of every search.
+
+    Garbage goes first: a pipeline that failed in this process leaves a cycle that holds its actors, and their CPUs.
+    """
     before = gc.get_threshold()
+    gc.collect()
     gc.freeze()
     gc.set_threshold(_NEW_OBJECTS, *_ROUNDS)
     try:

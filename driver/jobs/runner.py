@@ -193,7 +193,7 @@ class Runner:
                 self._dispatcher.done(sent.replica, work)
                 self._committer.answer(work)
                 self._unsynced.append(work.index)
-                if any(one.error_code == "engine_killed" for one in work.results.values()):
+                if "engine_killed" in [one.error_code for one in work.results.values()]:
                     self._committer.cleared()
                     self._accounts.quarantined += 1
                     self._samples.event("quarantine", f"row {work.row_id} is put aside: the ranks died with it")

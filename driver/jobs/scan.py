@@ -50,19 +50,21 @@ class RowReader:
 
     def read(self, index: int, file: str, source: SourceRow) -> tuple[InputRow, dict[str, Any]]:
         """The row, and its columns where it has no fault."""
-        row_id, key, fault = f"{file}:{source.line}", b"", source.fault
+        row_id, key, fault = "", b"", source.fault
         columns: dict[str, Any] = {}
         if fault is None:
             try:
                 columns = parse_object(source.raw)
                 own_id = self._form.row_id(columns)
                 if own_id is not None:
-                    row_id, key = own_id, b"" if self._keys is None else self._keys.content(source.raw)
+                    row_id = own_id
+                    key = b"" if self._keys is None else self._keys.content(source.raw)
                 self._form.check(columns)
             except RowError as error:
                 fault = error.fault
-        if not key and self._keys is not None:
-            key = self._keys.place(file, source.line, source.raw)
+        if not row_id:
+            row_id = f"{file}:{source.line}"
+            key = b"" if self._keys is None else self._keys.place(file, source.line, source.raw)
         return InputRow(index, file, source.line, source.raw, row_id, id_hash(row_id), key, fault), columns
 
 

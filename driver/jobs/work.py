@@ -25,11 +25,10 @@ class Work:
     row: Row
     tries: Tries = field(default_factory=Tries)
     results: dict[int, FinishedRequest] = field(default_factory=dict)  # by child
+    size: int = field(init=False)  # sequences it takes in an engine; asked for ten times a row
 
-    @property
-    def size(self) -> int:
-        """Sequences it takes in an engine."""
-        return self.row.bound.params.n
+    def __post_init__(self) -> None:
+        self.size = self.row.bound.params.n
 
     @property
     def prompt_token_ids(self) -> list[int]:
