@@ -61,10 +61,8 @@ class PlainForm:
             if columns.get(name) is None:
                 raise RowError("missing_column", "validate", f"the row has no {name!r} (id_column)")
             return text_id(columns[name], name)
-        for name in _ID_COLUMNS:
-            if columns.get(name) is not None:
-                return text_id(columns[name], name)
-        return None
+        name = _own_id_column(columns)
+        return None if name is None else text_id(columns[name], name)
 
     def check(self, columns: dict[str, Any]) -> None:
         """Whether there is something to answer."""
@@ -126,15 +124,15 @@ class PlainForm:
     def _kept(self, row_id: str, columns: dict[str, Any]) -> dict[str, Any]:
         names = self._config.columns
         kept = columns if names is None else {name: columns.get(name) for name in names}
-        id_column = self._config.id_column or _own_id_column(columns)
+        id_column = self._config.id_column or _own_id_column(columns) or "id"
         return {id_column: columns.get(id_column, row_id), **kept}
 
 
-def _own_id_column(columns: Mapping[str, Any]) -> str:
+def _own_id_column(columns: Mapping[str, Any]) -> str | None:
     for name in _ID_COLUMNS:
         if columns.get(name) is not None:
             return name
-    return "id"
+    return None
 
 
 def answer_columns(output: RequestOutput, *, token_ids: bool, always_completions: bool) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-
 from shoal.driver.binding import Row
 from shoal.driver.jobs.accounts import bucket
 from shoal.driver.jobs.config import JobConfig
@@ -19,6 +17,7 @@ from shoal.driver.jobs.files import InputFile
 from shoal.driver.jobs.forms.base import Form, RowRequest
 from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import ModelTools
+from shoal.driver.jobs.packed import pack_ids
 from shoal.driver.jobs.prepare import BoundSet, Ready, RowPreparer
 from shoal.driver.jobs.scan import InputRow, Scanner, raw_rows
 
@@ -111,7 +110,7 @@ class _Shapes:
         """One more row."""
         ids, bound = ready.token_ids, self._bounds.find(ready.sampling)
         params: Any = bound.params
-        raw = np.asarray(ids, np.int32).tobytes()
+        raw = pack_ids(ids)
         row = blake2b(raw + ready.sampling.encode(), digest_size=12).digest()
         found.duplicates += row in self._rows
         self._rows.add(row)
