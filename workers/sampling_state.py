@@ -222,8 +222,8 @@ class SamplingState:
             edits=edits,
             temperature=floats[:, 0].to(torch.float32),
             log_min_p=floats[:, 1].to(torch.float32) if (self._floats[members, 1] > -math.inf).any() else None,
-            top_p=floats[:, 2],
-            top_k=ints[:, 1],
+            top_p=floats[:, 2].contiguous(),
+            top_k=ints[:, 1].contiguous(),
             streams=ints[:, 0].contiguous(),
             max_top_k=int(self._ints[members, 1].max()),
         )

@@ -209,7 +209,11 @@ def _nucleus_cases(device: str) -> Iterator[tuple[Any, ...]]:
 
 greedy = Op(_greedy, cases=_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:greedy"})
 sample = Op(_sample, cases=_random_cases, implementations={"triton": "shoal.kernels.triton.sample_rows:sample"})
-sample_filtered = Op(_sample_filtered, cases=_filtered_cases)
+sample_filtered = Op(
+    _sample_filtered,
+    cases=_filtered_cases,
+    implementations={"triton": "shoal.kernels.triton.sample_top_k:sample_filtered"},
+)
 sample_nucleus = Op(
     _sample_nucleus,
     cases=_nucleus_cases,

@@ -18,10 +18,9 @@ import triton.language as tl
 
 from shoal.kernels.triton.noise import gumbel, words_of_ids
 from shoal.kernels.triton.sample_rows import best_chunk_kernel
-from shoal.kernels.triton.selection import NO_ID, score_of
+from shoal.kernels.triton.selection import NO_ID, mass_of, score_of
 
 _INF = tl.constexpr(float("inf"))
-_UNITS = tl.constexpr(1099511627776.0)
 _BUCKETS = 2048
 _LEVELS = ((21, 11), (10, 11), (0, 10))  # shift and width of the bits of each
 _TILE, _CHUNK = 1024, 8192
@@ -33,13 +32,6 @@ def _places(scores):
     bits = (scores + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 and 0.0 are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return 2147483647 - ordered.to(tl.int64)
-
-
-@triton.jit
-def _mass(scores, best):
-    """In units; the best id's is 2**40. 0 where there is no best."""
-    share = tl.where(scores > -_INF, tl.exp(scores - best), 0.0)
-    return (share * _UNITS).to(tl.int64)
 
 
 @triton.jit
@@ -79,7 +71,7 @@ def buckets_kernel(
         logits = tl.load(logits_ptr + row * logits_stride + offs, mask=offs < vocab, other=-_INF)
         scores = score_of(logits, temperature, floor)
         places = _places(scores)
-        mass = _mass(scores, best)
+        mass = mass_of(scores, best)
         counted = (mass > 0) & ((places >> (SHIFT + WIDTH)) == prefix)
         bucket = (places >> SHIFT) & ((1 << WIDTH) - 1)
         tl.atomic_add(sums_ptr + row * BUCKETS + bucket, mass, mask=counted, sem="relaxed")
@@ -150,7 +142,7 @@ def draw_kernel(
         logits = tl.load(logits_ptr + row * logits_stride + offs, mask=offs < vocab, other=-_INF)
         scores = score_of(logits, temperature, -_INF)
         places = _places(scores)
-        mass = _mass(scores, best)
+        mass = mass_of(scores, best)
         equal = ((offs < vocab) & (places == cut)).to(tl.int32)
         ranks = (rank + tl.cumsum(equal, 0) - equal).to(tl.int64)
         fits = (before + ranks * mass).to(tl.float64) < needed

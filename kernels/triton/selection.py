@@ -26,6 +26,7 @@ _CHUNK = 4096
 CAPACITY = 4096
 _INF = tl.constexpr(float("inf"))
 NO_ID = tl.constexpr(2147483647)
+_UNITS = tl.constexpr(1099511627776.0)
 
 
 @triton.jit
@@ -55,10 +56,17 @@ def is_ahead(scores, ids, value, bound):
 
 
 @triton.jit
-def _value_of(key):
+def value_of(key):
     """The float of an integer that orders as floats do."""
     bits = key.to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mass_of(scores, best):
+    """exp(scores - best) in units of 2**-40: integers, so that sums do not depend on their order. 0 for -inf."""
+    share = tl.where(scores > -_INF, tl.exp(scores - best), 0.0)
+    return (share * _UNITS).to(tl.int64)
 
 
 @triton.jit
@@ -84,7 +92,7 @@ def kth(base, ids_ptr, length, temperature, floor, k, vocab, ROW: tl.constexpr, 
         reaching = length
         while high - low > 1:
             middle = (low + high) >> 1
-            count = _count(base, ids_ptr, length, temperature, floor, _value_of(middle), NO_ID, ROW, BLOCK)
+            count = _count(base, ids_ptr, length, temperature, floor, value_of(middle), NO_ID, ROW, BLOCK)
             if count >= k:
                 low = middle
                 reaching = count
@@ -92,7 +100,7 @@ def kth(base, ids_ptr, length, temperature, floor, k, vocab, ROW: tl.constexpr, 
                 high = middle
             if count == k:
                 high = middle + 1
-        value = _value_of(low)
+        value = value_of(low)
         if reaching > k:  # more equals than places: the lowest ids get them
             fewer = 0
             while bound - fewer > 1:

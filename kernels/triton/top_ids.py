@@ -6,19 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
-from shoal.kernels.triton.selection import CAPACITY, is_ahead, kth, load_scores, select
+from shoal.kernels.triton.selection import CAPACITY, Selection, is_ahead, kth, load_scores, select
 
 _INF = tl.constexpr(float("inf"))
+NO_KEY = tl.constexpr(-9223372036854775808)
 
 
 @triton.jit
-def _store_keys(base, ids_ptr, length, k, vocab, keys_ptr, count_ptr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _store_keys(
+    base, ids_ptr, length, temperature, floor, k, vocab, keys_ptr, count_ptr, ROW: tl.constexpr, BLOCK: tl.constexpr
+):
     """Integers that order as the k best ids do, in no order; count_ptr points to 0."""
-    value, bound = kth(base, ids_ptr, length, 1.0, -_INF, k, vocab, ROW, BLOCK)
+    value, bound = kth(base, ids_ptr, length, temperature, floor, k, vocab, ROW, BLOCK)
     for start in range(0, length, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < length
-        scores, ids = load_scores(base, ids_ptr, offs, mask, 1.0, -_INF, ROW)
+        scores, ids = load_scores(base, ids_ptr, offs, mask, temperature, floor, ROW)
         hits = mask & is_ahead(scores, ids, value, bound)
         slots = tl.atomic_add(count_ptr + offs * 0, 1, mask=hits, sem="relaxed")
         bits = (scores + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 and 0.0 are equal
@@ -27,31 +30,34 @@ def _store_keys(base, ids_ptr, length, k, vocab, keys_ptr, count_ptr, ROW: tl.co
 
 
 @triton.jit
-def top_ids_kernel(
-    logits_ptr, bound_ptr, count_ptr, scores_ptr, ids_ptr, keys_ptr, stored_ptr,
+def top_keys_kernel(
+    logits_ptr, temperature_ptr, floor_ptr, bound_ptr, count_ptr, scores_ptr, ids_ptr, keys_ptr, stored_ptr,
     vocab, logits_stride, k, CAPACITY: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """One program a row: -> keys [n, k]."""
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * logits_stride
     count = tl.load(count_ptr + row)
+    floor = tl.load(floor_ptr + row)
+    temperature = 1.0
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
     keys = keys_ptr + row * k
     if (tl.load(bound_ptr + row) > -_INF) & (count <= CAPACITY):
         scores, ids = scores_ptr + row * CAPACITY, ids_ptr + row * CAPACITY
-        _store_keys(scores, ids, count, k, vocab, keys, stored_ptr + row, False, SMALL)
+        _store_keys(scores, ids, count, temperature, floor, k, vocab, keys, stored_ptr + row, False, SMALL)
     else:
-        _store_keys(base, base, vocab, k, vocab, keys, stored_ptr + row, True, LARGE)
+        _store_keys(base, base, vocab, temperature, floor, k, vocab, keys, stored_ptr + row, True, LARGE)
 
 
-def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """See kernels/ops/top_ids.py."""
+def ordered_keys(found: Selection, logits: torch.Tensor, temperature: torch.Tensor | None, k: int) -> torch.Tensor:
+    """Integers of the k best ids of each row, best first: int64 [n, k]; NO_KEY where floors leave fewer."""
     rows, vocab = logits.shape
-    if not rows or 2 * k > vocab:  # most of the vocabulary: then ordering all of it is the shortest way
-        return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    found = select(logits, None, None, k)
-    keys = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
-    top_ids_kernel[(rows,)](
+    keys = torch.full((rows, k), NO_KEY.value, dtype=torch.int64, device=logits.device)
+    top_keys_kernel[(rows,)](
         logits,
+        temperature,
+        found.floor,
         found.bound,
         found.count,
         found.scores,
@@ -66,4 +72,13 @@ def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
         LARGE=4096,
         num_warps=8,
     )
-    return vocab - 1 - (keys.sort(dim=-1, descending=True).values & 0xFFFFFFFF)
+    return keys.sort(dim=-1, descending=True).values
+
+
+def top_ids(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """See kernels/ops/top_ids.py."""
+    rows, vocab = logits.shape
+    if not rows or 2 * k > vocab:  # most of the vocabulary: then ordering all of it is the shortest way
+        return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    keys = ordered_keys(select(logits, None, None, k), logits, None, k)
+    return vocab - 1 - (keys & 0xFFFFFFFF)

@@ -48,6 +48,7 @@ def check(name: str, dtype: str, device: str, monkeypatch) -> None:
         "sample_rows": (1,),
         "best_of_part": (1,),
         "sample_nucleus": (1, 2),
+        "sample_filtered": (1, 2),
         "qk_norm_rope_store": (4,),
         "decode_attention": (4,),
         "penalise": (0, 4),

@@ -29,22 +29,31 @@ def wishes(rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return table[:, 0].to(torch.float32), table[:, 1]
 
 
-def assert_drawn(logits, temperature, log_min_p, top_p) -> torch.Tensor:
-    """Equal to the reference but where rounding may decide: top_p within 1e-6 of a boundary, noise within 1e-4."""
-    op = load_op("sample_nucleus")
-    streams, positions = streams_of(len(logits), logits.device.type)
-    found = op.get("triton")(logits, temperature, log_min_p, top_p, streams, positions)
-    expected = op.reference(logits, temperature, log_min_p, top_p, streams, positions)
+def assert_same(found, reference, logits, temperature, streams, positions) -> None:
+    """Equal to reference(1) but where rounding may decide: top_p within 1e-6 of a boundary, noise within 1e-4.
+
+    `reference` takes a factor of top_p.
+    """
+    expected = reference(1.0)
     assert found.dtype == torch.int64
     for row in (found != expected).nonzero().flatten().tolist():
-        near = [
-            int(op.reference(logits, temperature, log_min_p, (top_p * (1 + e)).clamp(max=1), streams, positions)[row])
-            for e in (-1e-6, 1e-6)
-        ]
+        near = [int(reference(1 + e)[row]) for e in (-1e-6, 1e-6)]
         noise = gumbel_noise(streams[row : row + 1], positions[row : row + 1], logits.shape[1])[0]
         scores = logits[row].float() / temperature[row] + noise
         close = abs(float(scores[found[row]] - scores[expected[row]])) < 1e-4
         assert int(found[row]) in near or close, (row, int(found[row]), int(expected[row]))
+
+
+def assert_drawn(logits, temperature, log_min_p, top_p) -> torch.Tensor:
+    """What Triton draws, once compared."""
+    op = load_op("sample_nucleus")
+    draws = streams_of(len(logits), logits.device.type)
+    found = op.get("triton")(logits, temperature, log_min_p, top_p, *draws)
+
+    def reference(factor):
+        return op.reference(logits, temperature, log_min_p, (top_p * factor).clamp(max=1), *draws)
+
+    assert_same(found, reference, logits, temperature, *draws)
     return found
 
 

@@ -345,6 +345,7 @@ def test_compiles_for_hopper(name, compiled_for_hopper) -> None:
         "best_of_part": (1,),
         "sample": (1, 2),
         "sample_nucleus": (1, 2),
+        "sample_filtered": (1, 2),
         "qk_norm_rope_store": (4,),
         "decode_attention": (4,),
         "penalise": (0, 4),
