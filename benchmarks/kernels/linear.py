@@ -66,7 +66,7 @@ def make_rope(model: Model, rows: int) -> Callable[[torch.Tensor, Layer], torch.
 
     def rope(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
         weights = layer["heads"] if model.head_norm else (None, None)
-        query = qk_norm_rope_store(qkv, *weights, 1e-6, table, positions, *cache, slots, model.heads)
+        query = qk_norm_rope_store(qkv, *weights, 1e-6, table, positions, *cache, slots, model.heads)[0]
         return query.view(rows, -1)
 
     return rope

@@ -39,7 +39,7 @@ def _decode_attention(
     positions = torch.where(live, seq_lens - 1, 0).long()
     blocks = block_tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
     slots = torch.where(live, blocks * block_size + positions % block_size, -1)
-    query = qk_norm_rope_store.reference(
+    query, _, _ = qk_norm_rope_store.reference(
         qkv, query_weight, key_weight, eps, cos_sin, positions, key_cache, value_cache, slots, num_heads
     )
     output = torch.zeros_like(query)

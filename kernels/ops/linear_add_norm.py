@@ -17,7 +17,7 @@ def _linear_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm of s, s) with s = x @ weight.T + residual.
 
-    x [rows, size], weight [outputs, size], residual [rows, outputs], norm_weight [outputs].
+    x [rows, size], weight [outputs, size], residual [rows, outputs], which may be overwritten; norm_weight [outputs].
     """
     return rms_norm.reference(functional.linear(x, weight), norm_weight, eps, residual)
 

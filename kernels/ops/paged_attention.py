@@ -32,6 +32,8 @@ def _paged_attention(
     scale: float,
     max_query_len: int,
     max_seq_len: int,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row r's query token i stands at position seq_lens[r] - q_len + i and sees the positions up to its own.
 
@@ -39,6 +41,7 @@ def _paged_attention(
     the rows' query tokens; seq_lens int32 [R], context with this pass's tokens; block_tables int32 [R, max_blocks].
     Returns [T, H, D]. Cache slots past a row's seq_len and block-table entries past its need are never used: they may
     hold anything. max_query_len and max_seq_len are upper bounds, for kernels that size their grid without a sync.
+    key and value [T, KV, D]: what the cache holds of this pass's tokens, once more, where kernels may read it faster.
     """
     starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     output = torch.empty_like(query)
@@ -175,15 +178,18 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
         ids = torch.randperm(sum(needs) + 3, generator=generator).to(torch.int32)
         caches = torch.full((2, len(ids), block_size, kv_heads, size), float("nan"))
         tables = torch.randint(-(2**31), 2**31 - 1, (len(rows), max(needs) + 2), generator=generator, dtype=torch.int32)
-        for row, (_, context) in enumerate(rows):
+        own = []
+        for row, (tokens, context) in enumerate(rows):
             tables[row, : needs[row]] = ids[sum(needs[:row]) :][: needs[row]]
             slots = _slots(tables[row : row + 1], torch.tensor([[context]]), context, block_size)[0]
             caches.flatten(1, 2)[:, slots] = torch.randn(2, context, kv_heads, size, generator=generator)
+            own.append(caches.flatten(1, 2)[:, slots[context - tokens :]])
         starts = torch.tensor([0, *(tokens for tokens, _ in rows)]).cumsum(0).to(torch.int32)
         contexts = torch.tensor([context for _, context in rows], dtype=torch.int32)
         query = torch.randn(int(starts[-1]), heads, size, generator=generator)
         tensors = (t.to(device) for t in (query, caches[0], caches[1], starts, contexts, tables))
-        yield *tensors, size**-0.5, max(tokens for tokens, _ in rows), max(context for _, context in rows)
+        longest = max(tokens for tokens, _ in rows), max(context for _, context in rows)
+        yield *tensors, size**-0.5, *longest, *torch.cat(own, dim=1).to(device)
 
 
 paged_attention = Op(

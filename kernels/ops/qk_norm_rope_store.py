@@ -24,8 +24,9 @@ def _qk_norm_rope_store(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     num_heads: int,
-) -> torch.Tensor:
-    """Split, normalize head by head where weights are given, rotate, store; returns the queries [T, H, D].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split, normalize head by head where weights are given, rotate, store; returns queries [T, H, D], keys and values
+    [T, KV, D], any of them parts of wider tensors.
 
     qkv [T, (H + 2 * KV) * D]; weights [D], both or neither; cos_sin float32 [positions, D], cosines then sines of each
     position; positions int64 [T]; caches [num_blocks, block_size, KV, D], written at slot_mapping int64 [T] (-1: not).
@@ -41,7 +42,7 @@ def _qk_norm_rope_store(
     cos, sin = cos_sin[positions].chunk(2, dim=-1)
     query, key = rotary.reference(query, key, cos, sin)
     store_kv.reference(key, value, key_cache, value_cache, slot_mapping)
-    return query
+    return query, key, value
 
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:

@@ -194,10 +194,13 @@ def _random_cases(device: str) -> Iterator[tuple[Any, ...]]:
 
 
 def _filtered_cases(device: str) -> Iterator[tuple[Any, ...]]:
-    for logits, temperature, log_min_p, streams, positions in _random_cases(device):
-        row, vocab_size = torch.arange(logits.shape[0], device=device), logits.shape[1]
-        top_p = 1 - 0.2 * (row % 3).to(torch.float64)
-        for top_k, limit in ((row + 1, len(row)), (torch.where(row % 2 == 0, vocab_size, 4), None)):
+    """Rows whose top_k nothing bounds, then bounded ones."""
+    for bounded in (False, True):
+        for logits, temperature, log_min_p, streams, positions in _random_cases(device):
+            row, vocab_size = torch.arange(logits.shape[0], device=device), logits.shape[1]
+            top_p = 1 - 0.2 * (row % 3).to(torch.float64)
+            top_k = row + 1 if bounded else torch.where(row % 2 == 0, vocab_size, 4)
+            limit = len(row) if bounded else None
             yield logits, temperature, log_min_p, top_k, top_p, streams, positions, limit
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,12 @@ from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 _MOST_THREADS = 16
+_compiling = ContextVar("compiling", default=False)
+
+
+def is_compiling() -> bool:
+    """Inside `compiling_only`: what larger steps than this one launch should be launched too."""
+    return _compiling.get()
 
 
 @contextmanager
@@ -32,4 +39,8 @@ def compiling_only() -> Iterator[None]:
         AsyncCompileMode(executor),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        yield
+        token = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(token)

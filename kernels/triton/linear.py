@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from shoal.kernels.triton.activation import KINDS, activate, activation_and_mul
 from shoal.kernels.triton.dependent import launch_options, prefetch, wait_for_previous
-from shoal.kernels.triton.many_rows import many_rows, suits_added, suits_gated
+from shoal.kernels.triton.many_rows import many_rows, suits_many
 from shoal.kernels.triton.rms_norm import add_parts_norm, rms_norm
 
 Rules = Sequence[tuple[int, "LinearConfig"]]
@@ -40,6 +40,7 @@ class LinearConfig:
 # (most rows, config): the first row that fits is used, none: the library's product. Tiles as measured on an H100 in the
 # chain of a decode step (docs/performance.md). Larger weights take the library as long as reading them does.
 MOST_WEIGHTS = 8 << 20
+_LEAST_ADDED = 1024  # rows from which on the library adds the residual; below, the norm does while it waits for memory
 _MOST_PADDED = 128  # more rows only where they fill their tiles, but for products that are split
 LINEAR_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 1, 4, 6)),
@@ -242,7 +243,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
     """See kernels/ops/gated_linear.py."""
     config = rule(GATED_RULES, x, weight)
-    if config is None and suits_gated(x, weight):
+    if config is None and suits_many(x, weight):
         return many_rows(x, weight, name)
     if config is None:
         return activation_and_mul(functional.linear(x, weight), name)
@@ -254,8 +255,8 @@ def linear_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels/ops/linear_add_norm.py."""
     config = rule(SPLIT_RULES, x, weight, most_padded=SPLIT_RULES[-1][0])
-    if config is None and suits_added(x, weight, residual):
-        return rms_norm(many_rows(x, weight, residual=residual), norm_weight, eps)
+    if config is None and x.shape[0] >= _LEAST_ADDED and x.dtype.itemsize == 2:
+        return rms_norm(residual.addmm_(x, weight.t()), norm_weight, eps)
     if config is None:
         return rms_norm(functional.linear(x, weight), norm_weight, eps, residual)
     return add_parts_norm(linear_parts(x, weight, None, config), config.parts, norm_weight, eps, residual)

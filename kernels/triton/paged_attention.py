@@ -1,4 +1,4 @@
-"""paged_attention and decode_attention in Triton: one kernel for rows that decode, one for everything else."""
+"""paged_attention and decode_attention in Triton: one kernel for rows that decode, others for the rest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.kernels.triton.attention_decode import decode_kernel
 from shoal.kernels.triton.attention_prefill import prefill_kernel
+from shoal.kernels.triton.compile_ahead import is_compiling
 from shoal.kernels.triton.dependent import launch_options
+from shoal.kernels.triton.descriptors import describable, used_on
 
 _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
@@ -24,6 +27,11 @@ _LATE_ROWS = range(2, 17)  # what follows starts after these: else it takes room
 _MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
 _REGISTERS = 65536  # of a multiprocessor
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
+_LATER_PROGRAMS = 2  # of a multiprocessor
+_OWN_SIZE = (
+    128  # of heads, and query values of a pass, from which on descriptors of its own keys and values pay: smaller
+)
+_OWN_LEAST = 1 << 25  # passes end before the host, which needs longer for them, has the next kernel ready
 
 Config = TypeVar("Config")
 
@@ -92,6 +100,11 @@ PREFILL_RULES = (
     (4, 128, PrefillConfig(block_m=32, tile=32, warps=4, stages=1)),
     (4, 1024, PrefillConfig(block_m=16, tile=16, warps=4, stages=1)),
 )
+# The same for rows whose keys and values come by descriptors: (most query tokens of a row, config).
+OWN_RULES = (
+    (2047, PrefillConfig(block_m=64, tile=32, warps=4, stages=3)),
+    (1 << 31, PrefillConfig(block_m=128, tile=128, warps=8, stages=3)),
+)
 
 
 def paged_attention(
@@ -104,6 +117,8 @@ def paged_attention(
     scale: float,
     max_query_len: int,
     max_seq_len: int,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See kernels/ops/paged_attention.py. Grids depend on shapes and on the two bounds only: graphs may record it.
 
@@ -117,13 +132,31 @@ def paged_attention(
     if num_tokens == 0:
         return out
     tensors = (query, key_cache, value_cache, cu_seqlens_q, seq_lens, block_tables, out)
-    apart = max_query_len == 1 or num_rows >= _MIXED_ROWS
+    own = (key, value) if key is not None and value is not None and suits_own(query, key, value) else None
+    large = own is not None and query.numel() >= _OWN_LEAST
+    apart = large or max_query_len == 1 or num_rows >= _MIXED_ROWS
     if apart:
         every_row_decodes = max_query_len == 1 and num_tokens == num_rows
         decode(*tensors, scale * _LOG2E, max_seq_len, mixed=not every_row_decodes)
-    if max_query_len > 1:
-        prefill(*tensors, scale * _LOG2E, skip_one=apart)
+    if max_query_len > 1 and not large:
+        prefill(*tensors, scale * _LOG2E, "many" if apart else "all")
+    if max_query_len > 1 and own is not None and (large or is_compiling()):
+        for config in _own_configs(max_query_len):
+            prefill(*tensors, scale * _LOG2E, "fresh", own, config)
+        prefill(*tensors, scale * _LOG2E, "later")
     return out
+
+
+def suits_own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a pass's own keys and values may come by descriptors."""
+    return query.shape[2] == _OWN_SIZE and used_on(query.device) and describable(key) and describable(value)
+
+
+def _own_configs(max_query_len: int) -> list[PrefillConfig]:
+    """The one for rows of so many query tokens; all of them where kernels are only compiled."""
+    if is_compiling():
+        return [config for _, config in OWN_RULES]
+    return [next(config for most, config in OWN_RULES if max_query_len <= most)]
 
 
 def decode_attention(
@@ -236,10 +269,11 @@ def prefill(
     block_tables: torch.Tensor,
     out: torch.Tensor,
     scale_log2: float,
-    skip_one: bool,
+    which: str,
+    own: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: PrefillConfig | None = None,
 ) -> None:
-    """Every row, or where `skip_one` those of more than one query token, into `out`."""
+    """The rows that prefill_kernel knows by this word, into `out`; `own`: their keys and values, for "fresh" ones."""
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, kv_heads, _ = key_cache.shape
     num_rows, group = seq_lens.shape[0], num_heads // kv_heads
@@ -247,12 +281,17 @@ def prefill(
     config = config or rule(PREFILL_RULES, query.dtype, head_pad)
     block_m = max(config.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
+    block = [config.tile, 1, head_dim]
+    descriptors = (None, None) if own is None else [TensorDescriptor.from_tensor(x, block) for x in own]
     # Enough programs for a tile each where rows are long; many short rows take turns.
     tiles = num_tokens // block_q + min(num_rows, _FEW_ROWS)
+    if which == "later":  # often none, or few
+        tiles = min(tiles, max(1, _programs(query.device, _LATER_PROGRAMS, 1) // kv_heads))
     prefill_kernel[(tiles * kv_heads,)](
         query,
         key_cache,
         value_cache,
+        *descriptors,
         cu_seqlens_q,
         seq_lens,
         block_tables,
@@ -274,7 +313,7 @@ def prefill(
         TILE=config.tile,
         KV_HEADS=kv_heads,
         ROWS=_ROWS,
-        SKIP_ONE=skip_one,
+        WHICH=which,
         PRECISION="ieee",
         num_warps=config.warps,
         num_stages=config.stages,

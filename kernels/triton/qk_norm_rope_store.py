@@ -1,4 +1,7 @@
-"""qk_norm_rope_store in Triton: a token's queries are one program, its keys and values another."""
+"""qk_norm_rope_store in Triton: a token's queries are one program, its keys and values another.
+
+Rotated keys go to the cache and, as queries do, side by side.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,14 @@ def qk_norm_rope_store_kernel(
     slot = tl.load(slots_ptr + token)
     wait_for_previous(DEPENDENT)
     row = qkv_ptr + token * qkv_stride
+    out_row = out_ptr + token * (HEADS + KV_HEADS) * HEAD
     keys = row + HEADS * HEAD
     dtype = out_ptr.dtype.element_ty
     if tl.program_id(1) == 0:
         heads = tl.arange(0, HEADS_PAD)
         mask = (heads < HEADS)[:, None] & half_mask[None, :]
         low, high = _norm_rope(row, heads, mask, dims, half_mask, query_weight_ptr, cos, sin, eps, HEAD, NORM)
-        out = out_ptr + token * HEADS * HEAD + heads[:, None] * HEAD + dims[None, :]
+        out = out_row + heads[:, None] * HEAD + dims[None, :]
         tl.store(out, low.to(dtype), mask=mask)
         tl.store(out + HEAD // 2, high.to(dtype), mask=mask)
     else:
@@ -62,11 +66,15 @@ def qk_norm_rope_store_kernel(
         whole = tl.arange(0, HEAD_PAD)
         place = (slot // block_size) * block_stride + (slot % block_size) * token_stride
         place += kv_heads[:, None].to(tl.int64) * head_stride
-        stored = (kv_heads < KV_HEADS)[:, None] & (slot >= 0)
-        value_mask = stored & (whole < HEAD)[None, :]
+        there = (kv_heads < KV_HEADS)[:, None]
+        value_mask = there & (slot >= 0) & (whole < HEAD)[None, :]
         values = tl.load(keys + KV_HEADS * HEAD + kv_heads[:, None] * HEAD + whole[None, :], mask=value_mask)
-        key_mask = stored & half_mask[None, :]
-        first, second = _norm_rope(keys, kv_heads, key_mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
+        out_mask = there & half_mask[None, :]
+        first, second = _norm_rope(keys, kv_heads, out_mask, dims, half_mask, key_weight_ptr, cos, sin, eps, HEAD, NORM)
+        beside = out_row + (HEADS + kv_heads[:, None]) * HEAD + dims[None, :]
+        tl.store(beside, first.to(dtype), mask=out_mask)
+        tl.store(beside + HEAD // 2, second.to(dtype), mask=out_mask)
+        key_mask = out_mask & (slot >= 0)
         tl.store(key_ptr + place + dims[None, :], first.to(dtype), mask=key_mask)
         tl.store(key_ptr + place + HEAD // 2 + dims[None, :], second.to(dtype), mask=key_mask)
         tl.store(value_ptr + place + whole[None, :], values, mask=value_mask)
@@ -83,11 +91,11 @@ def qk_norm_rope_store(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     num_heads: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See kernels/ops/qk_norm_rope_store.py."""
     _, block_size, kv_heads, size = key_cache.shape
     num_tokens = qkv.shape[0]
-    query = torch.empty((num_tokens, num_heads, size), dtype=qkv.dtype, device=qkv.device)
+    rotated = torch.empty((num_tokens, num_heads + kv_heads, size), dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
         qk_norm_rope_store_kernel[(num_tokens, 2)](
             qkv,
@@ -98,7 +106,7 @@ def qk_norm_rope_store(
             key_cache,
             value_cache,
             slot_mapping,
-            query,
+            rotated,
             eps,
             qkv.stride(0),
             key_cache.stride(0),
@@ -116,4 +124,5 @@ def qk_norm_rope_store(
             num_warps=4,
             **launch_options(qkv.device),
         )
-    return query
+    value = qkv[:, (num_heads + kv_heads) * size :].unflatten(1, (kv_heads, size))
+    return rotated[:, :num_heads], rotated[:, num_heads:], value

@@ -18,7 +18,7 @@ from shoal.kernels.triton.top_ids import NO_KEY, ordered_keys
 _INF = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab"])
 def draw_kernel(
     keys_ptr, top_k_ptr, top_p_ptr, streams_ptr, positions_ptr, out_ptr, vocab, k, BLOCK: tl.constexpr
 ):  # fmt: skip

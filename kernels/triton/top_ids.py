@@ -29,7 +29,8 @@ def _store_keys(
         tl.store(keys_ptr + slots, (ordered << 32) + (vocab - 1 - ids), mask=hits)
 
 
-@triton.jit
+# vocab as a constant 1 makes Triton 3.6 fail to compile it for a GPU.
+@triton.jit(do_not_specialize=["vocab"])
 def top_keys_kernel(
     logits_ptr, temperature_ptr, floor_ptr, bound_ptr, count_ptr, scores_ptr, ids_ptr, keys_ptr, stored_ptr,
     vocab, logits_stride, k, CAPACITY: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.constexpr,

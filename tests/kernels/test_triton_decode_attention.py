@@ -114,7 +114,7 @@ def test_as_the_two_ops_that_it_replaces(device, dtype) -> None:
     found, new_keys, new_values = run(kernels.decode_attention, arguments)
     last = seq_lens.long() - 1
     slots = tables.gather(1, (last // 16).unsqueeze(1)).squeeze(1).long() * 16 + last % 16
-    query = load_op("qk_norm_rope_store").get("triton")(qkv, *norms, table, last, keys, values, slots, heads)
+    query = load_op("qk_norm_rope_store").get("triton")(qkv, *norms, table, last, keys, values, slots, heads)[0]
     starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
     expected = kernels.paged_attention(query, keys, values, starts, seq_lens, tables, scale, 1, longest)
     assert_close(found, expected)

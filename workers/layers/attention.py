@@ -37,10 +37,20 @@ class Attention(torch.nn.Module):
         """
         key, value = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (key, value))
         store_kv(key, value, kv_cache[0], kv_cache[1], metadata.slot_mapping)
-        return self.attend(query.view(-1, self.num_heads, self.head_dim), metadata, kv_cache)
+        return self.attend(query.view(-1, self.num_heads, self.head_dim), metadata, kv_cache, key, value)
 
-    def attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: torch.Tensor) -> torch.Tensor:
-        """query [T, num_heads, D] -> [T, num_heads * D], over keys and values that are in the cache already."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [T, num_heads, D] -> [T, num_heads * D], over keys and values that are in the cache already.
+
+        key and value [T, num_kv_heads, D]: those of the same tokens once more, where they are at hand.
+        """
         output = paged_attention(
             query,
             kv_cache[0],
@@ -51,5 +61,7 @@ class Attention(torch.nn.Module):
             self.scale,
             metadata.max_query_len,
             metadata.max_seq_len,
+            key,
+            value,
         )
         return output.view(-1, self.num_heads * self.head_dim)

@@ -65,12 +65,13 @@ class RotaryAttention(torch.nn.Module):
             )
             return output.view(len(qkv), -1)
         slots = metadata.slot_mapping
-        query = qk_norm_rope_store(qkv, *norms, table, positions, kv_cache[0], kv_cache[1], slots, self.num_heads)
+        cache = kv_cache[0], kv_cache[1]
+        query, key, value = qk_norm_rope_store(qkv, *norms, table, positions, *cache, slots, self.num_heads)
         if pick and batch.sampling_rows is not None:
             # In this order: attention looks at lengths and tables while the kernel before it still runs.
             metadata = metadata.of_last_tokens(batch.sampling_rows)
-            query = query[batch.sampling_tokens]
-        return self.attn.attend(query, metadata, kv_cache)
+            return self.attn.attend(query[batch.sampling_tokens], metadata, kv_cache)
+        return self.attn.attend(query, metadata, kv_cache, key, value)
 
 
 class GatedMLP(torch.nn.Module):
