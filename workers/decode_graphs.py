@@ -60,7 +60,8 @@ class DecodeGraphs:
         self._temperatures = buffer(torch.float32, most)
         self._streams, self._generated = buffer(torch.int64, most), buffer(torch.int64, most)
         self._block_tables = buffer(torch.int32, most, state.block_tables.shape[1])
-        self.hidden = None if self._stage.first else buffer(kv_cache[0].dtype, most, model.spec.hidden_size)  # input
+        # Input; layers may add to it.
+        self.hidden = None if self._stage.first else buffer(kv_cache[0].dtype, most, model.spec.hidden_size)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()

@@ -86,11 +86,12 @@ class Rows:
     tables: torch.Tensor
     longest_query: int
     longest: int
+    own: tuple[torch.Tensor, ...]
 
     def arguments(self) -> tuple[Any, ...]:
         scale = self.query.shape[2] ** -0.5
         lengths = (self.starts, self.seq_lens, self.tables)
-        return self.query, self.caches[0], self.caches[1], *lengths, scale, self.longest_query, self.longest
+        return self.query, self.caches[0], self.caches[1], *lengths, scale, self.longest_query, self.longest, *self.own
 
     def for_kernel(self, out: torch.Tensor) -> tuple[Any, ...]:
         scale_log2 = self.query.shape[2] ** -0.5 * math.log2(math.e)
@@ -115,7 +116,11 @@ def make_sets(shape: Shape, rows: Sequence[tuple[int, int]], most: int = CALLS) 
         tables[inside] = part
         query = torch.randn(int(starts[-1]), shape.heads, shape.size, device=DEVICE).to(DTYPE)
         longest_query, longest = (max(column) for column in zip(*rows, strict=True))
-        sets.append(Rows(query, caches, starts, seq_lens, tables, longest_query, longest))
+        # Keys and values of the query tokens side by side, as the model has them.
+        size, at = shape.block_size, [torch.arange(end - new, end, device=DEVICE) for new, end in rows]
+        slots = [table[i // size].long() * size + i % size for table, i in zip(tables, at, strict=True)]
+        own = tuple(cache.flatten(0, 1)[torch.cat(slots)] for cache in caches)
+        sets.append(Rows(query, caches, starts, seq_lens, tables, longest_query, longest, own))
     return sets
 
 
@@ -125,7 +130,7 @@ def check(rows: Rows, found: torch.Tensor) -> None:
     for row in sorted({0, count // 3, count // 2, count - 2, count - 1} & set(range(count))):
         first, last = rows.starts[row].item(), rows.starts[row + 1].item()
         lengths = (rows.starts[row : row + 2] - first, rows.seq_lens[row : row + 1], rows.tables[row : row + 1])
-        one = Rows(rows.query[first:last], rows.caches, *lengths, last - first, rows.longest)
+        one = Rows(rows.query[first:last], rows.caches, *lengths, last - first, rows.longest, ())
         expected = load_op("paged_attention").reference(*one.arguments())
         error = (found[first:last].float() - expected.float()).abs().max().item()
         if not error <= TOLERANCE:
@@ -342,7 +347,7 @@ def run_config(rows: Rows, config: Any, out: torch.Tensor) -> None:
     if isinstance(config, kernels.DecodeConfig):
         kernels.decode(*rows.for_kernel(out), rows.longest, mixed=False, config=config)
     else:
-        kernels.prefill(*rows.for_kernel(out), skip_one=False, config=config)
+        kernels.prefill(*rows.for_kernel(out), "all", config=config)
 
 
 def build(job: tuple[Shape, Any]) -> bool:

@@ -77,7 +77,7 @@ def layer_cases(model: Model, tokens: int) -> Iterator[Case]:
 
     yield Case("rms_norm", label, norm, 8 * tokens * hidden)
     yield Case("activation_and_mul", f"{label} silu", lambda: (normal(tokens, 2 * inner), "silu"), 6 * tokens * inner)
-    yield Case("qk_norm_rope_store", label, qkv, 4 * tokens * width)
+    yield Case("qk_norm_rope_store", label, qkv, 2 * tokens * (2 * width + model.kv_heads * size))
 
 
 def vocabulary_cases(model: Model, rows: int) -> Iterator[Case]:

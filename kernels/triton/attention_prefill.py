@@ -1,8 +1,8 @@
 """Paged attention of rows with any number of query tokens: prefill, chunks of it, and mixed batches.
 
 A tile is BLOCK_Q query tokens of one row times the query heads of one KV head. Tiles are numbered from the last row's
-last one on: a row's longest ones come first. Two kernels share the rows of a pass: one for rows that begin in it, whose
-keys and values lie side by side and come by tensor descriptors, one for those that have some in the cache already.
+last one on: a row's longest ones come first. Rows that begin in a pass have keys and values side by side; in large
+passes these come by tensor descriptors, in a launch of its own: one kernel for both ways takes too many registers.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, BLOCK_Q: tl.constexpr,
 def _find_tile(
     turn, num_rows, starts_ptr, seq_lens_ptr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, WHICH: tl.constexpr
 ):
-    """(row, query tokens of the row before and after this turn's tile, number of all tiles)."""
+    """(row, its first token, its query tokens, those before this turn's tile, number of all tiles)."""
     rows = tl.arange(0, ROWS)
     passed = 0
     begin = 0

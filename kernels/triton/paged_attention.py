@@ -28,10 +28,10 @@ _MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of t
 _REGISTERS = 65536  # of a multiprocessor
 _FEW_ROWS = 16  # rows of a pass that may each end in a tile of their own before programs take several tiles
 _LATER_PROGRAMS = 2  # of a multiprocessor
-_OWN_SIZE = (
-    128  # of heads, and query values of a pass, from which on descriptors of its own keys and values pay: smaller
-)
-_OWN_LEAST = 1 << 25  # passes end before the host, which needs longer for them, has the next kernel ready
+# Keys and values of a pass come by descriptors where heads have this size and the pass this many query values: the host
+# takes longer for them, and smaller passes end before it has the next kernel ready.
+_OWN_SIZE = 128
+_OWN_LEAST = 1 << 25
 
 Config = TypeVar("Config")
 

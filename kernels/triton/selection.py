@@ -1,4 +1,4 @@
-"""Finding the best k ids of rows of logits without ordering them: what top_ids needs.
+"""Finding the best k ids of rows of logits without ordering them, for top_ids and sample_filtered.
 
 Scores are logits / temperature, -inf below a floor (min_p). The order is that of the references: by score, the lower id
 first among equals. An id is "ahead of" (value, bound) where its score is above value, or equal to it with id < bound.

@@ -121,8 +121,24 @@ def test_added_of_real_size(size, rows) -> None:
     norm = normal(4096, device="cuda", dtype=torch.bfloat16, seed=2)
     op = load_op("linear_add_norm")
     expected = op.reference(x, weight, residual, norm, 1e-5)
-    for ours, wanted in zip(op.get("triton")(x, weight, residual, norm, 1e-5), expected, strict=True):
+    found = op.get("triton")(x, weight, residual, norm, 1e-5)
+    for ours, wanted in zip(found, expected, strict=True):
         close(ours, wanted, torch.bfloat16)
+    assert found[1].data_ptr() == residual.data_ptr()
+
+
+@everywhere
+def test_few_rows_leave_the_residual_as_it_was(device, dtype, monkeypatch) -> None:
+    from shoal.kernels.triton import linear
+
+    monkeypatch.setattr(linear, "_LEAST_ADDED", 9)
+    monkeypatch.setattr(linear, "rule", lambda *arguments, **options: None)
+    weight, norm = (normal(*shape, device=device, dtype=dtype, seed=1) for shape in ((16, 8), (16,)))
+    for rows, wide in ((8, dtype), (9, torch.float32)):
+        x, residual = (normal(rows, n, device=device, dtype=wide) for n in (8, 16))
+        kept = residual.clone()
+        load_op("linear_add_norm").get("triton")(x, weight.to(wide), residual, norm.to(wide), 1e-5)
+        assert torch.equal(residual, kept)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")

@@ -67,6 +67,11 @@ def test_own_keys_and_values(heads, kv_heads, block_size, rows, device, dtype, b
     arguments = make(rows, heads, kv_heads, 128, block_size, device=device, dtype=dtype, spare=8)
     expected = load_op("paged_attention").reference(*arguments)
     own = own_of(arguments, spare=8)
+    keys, values, tables = arguments[1], arguments[2], arguments[5]
+    for row, (tokens, context) in enumerate(rows):
+        if tokens == context > 1:  # the cache's own are not asked
+            blocks = tables[row, : -(-context // block_size)].long()
+            keys[blocks] = values[blocks] = float("nan")
     assert_close(kernels.paged_attention(*arguments, *own), expected)
     assert by_descriptors == ["fresh", "later"]
 
@@ -109,6 +114,18 @@ def test_places_that_descriptors_cannot_have(device, dtype, by_descriptors) -> N
     rows = make([(40, 40)], 4, 2, 80, 16, device=device, dtype=dtype)
     assert_close(kernels.paged_attention(*rows, *own_of(rows)), load_op("paged_attention").reference(*rows))
     assert by_descriptors == ["all"] * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("heads", "longest"), [(32, 1024), (16, 3000)])
+def test_large_passes_with_decoding_rows(heads, longest) -> None:
+    """As the rules have it, with more rows than a program looks at at once."""
+    rows = [(1, 700)] * 300 + [(longest, longest)] * ((20 << 10) // longest) + [(1, 90)] * 300 + [(300, 900)]
+    arguments = make(rows, heads, 8, 128, 16, device="cuda", dtype=torch.bfloat16)
+    own = own_of(arguments)
+    assert arguments[0].numel() >= kernels._OWN_LEAST
+    assert_close(kernels.paged_attention(*arguments, *own), load_op("paged_attention").reference(*arguments))
 
 
 def test_a_small_pass_compiles_what_large_ones_launch(monkeypatch) -> None:
