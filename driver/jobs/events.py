@@ -33,4 +33,4 @@ class Hooks:
     find_places: FindPlaces
     make_tools: Callable[[Any], ModelTools]  # from an engine's resolved config
     tick: Callable[[], None]  # several times a second
-    settled: Callable[[Sequence[int], bool], None]  # rows that are durable now; True: settled by this run
+    settled: Callable[[Sequence[int]], None]  # rows that are durable now

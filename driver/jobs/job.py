@@ -114,8 +114,8 @@ class Job:
         self._publisher = Publisher(self._plan, self._ledger, self._committer.where, self._config.order)
         self._parts: Parts | None = None
         if self._plan.is_folder:
-            rewrite = self._config.fresh or self._config.accept_changes
-            self._parts = Parts(self._plan, self._publisher, self._config.rows_per_part, rewrite)
+            config = self._config
+            self._parts = Parts(self._plan, self._publisher, self._store, config.rows_per_part, config.order)
         if earlier is not None:  # until the ledger has been read
             self._accounts.durable = self._counted_before()
         try:
@@ -280,9 +280,9 @@ class Job:
         self._committer.decoder = tools.decoder
         return tools
 
-    def _settled(self, indices: Sequence[int], new: bool) -> None:
+    def _settled(self, indices: Sequence[int]) -> None:
         if self._parts is not None:
-            self._parts.settled(indices, new)
+            self._parts.settled(indices)
 
     def _tick(self) -> None:
         if self._stop.asked and self._status.status == Status.IN_PROGRESS:

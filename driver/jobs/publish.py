@@ -90,6 +90,10 @@ class Publisher:
         """One part of a folder, with input rows start to stop."""
         return self._publish(start, stop, self._plan.part(number), self._plan.error_part(number))
 
+    def made_of(self, start: int, stop: int) -> str:
+        """A digest of which records rows start to stop are."""
+        return self._ledger.fingerprint(self._where.slice(start, stop))
+
     def publish_partial(self, num_rows: int) -> list[str]:
         """What there is so far, beside the state."""
         path = f"{self._plan.state_path}/partial.{self._plan.format}"

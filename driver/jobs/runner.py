@@ -229,7 +229,7 @@ class Runner:
         self._accounts.rows_read += chunk.num_rows
         self._committer.reached(chunk)
         self._unsynced += self._committer.settle(chunk)
-        self._hooks.settled(chunk.settled_before, False)
+        self._hooks.settled(chunk.settled_before)
         for work in chunk.work:
             self._dispatcher.add(work)
             assert self._tools is not None
@@ -369,7 +369,7 @@ class Runner:
             self._full_since = 0.0
         if self._unsynced and not self._committer.ledger.num_unsynced:
             settled, self._unsynced = self._unsynced, []
-            self._hooks.settled(settled, True)
+            self._hooks.settled(settled)
 
     def _observe(self) -> None:
         accounts, replicas = self._accounts, list(self.replicas.values())

@@ -8,12 +8,16 @@ part of the ledger, and that process stops when it sees the newer epoch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from shoal.driver.jobs.json_text import dump, load_all
+from shoal.driver.jobs.keys import Int64
 from shoal.driver.jobs.state.digest import DigestWriter, read_digests
 from shoal.driver.jobs.state.records import ERROR, Records
 from shoal.driver.jobs.state.store import StateStore, epoch_of, seal_name
@@ -107,6 +111,15 @@ class Ledger:
         """Raises SupersededError where a newer process has taken over."""
         if self._store.is_claimed(self.epoch + 1):
             raise SupersededError(f"a newer run has taken this job over (epoch {self.epoch + 1} after {self.epoch})")
+
+    def fingerprint(self, locations: Int64) -> str:
+        """A digest of which records these are, in their order, the same in every run: runs number the ledger's parts
+        each in their own way, but no two parts of a job ever have one name."""
+        there = locations[locations >= 0]
+        numbers, place = np.unique(there >> _OFFSET_BITS, return_inverse=True)
+        found = hashlib.blake2b(json.dumps([self._parts[number] for number in numbers]).encode(), digest_size=16)
+        found.update((place << _OFFSET_BITS | there & ((1 << _OFFSET_BITS) - 1)).astype("<i8").tobytes())
+        return found.hexdigest()
 
     def row(self, location: int) -> tuple[bool, bytes]:
         """Whether the record at a location is an error, and its row. It must be durable."""

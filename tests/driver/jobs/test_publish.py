@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import fsspec
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 
 from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import Numbers
+from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.publish import Publisher, plan_output
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
@@ -69,6 +71,98 @@ def test_parts_of_a_folder(published, tmp_path):
     publisher.publish_part(1, 3, 6)
     assert read(tmp_path / "parts" / "part-00001.jsonl") == [4]
     assert read(tmp_path / "parts" / "_errors" / "part-00001.jsonl") == []
+
+
+SIX = [(n, {"n": n}, False) for n in (3, 0, 1, 2, 5, 4)]
+
+
+def folder_of(path):
+    """Rows by the parts that are there."""
+    return {name: read(path / name) for name in sorted(os.listdir(path)) if name.endswith(".jsonl")}
+
+
+def run(made, rows_per_part=2, order="input", num_rows=6):
+    """A run that meets all rows and ends: the parts that it wrote."""
+    publisher, plan, store = made
+    written, inner = [], publisher.publish_part
+    publisher.publish_part = lambda number, *span: written.append(number) or inner(number, *span)
+    parts = Parts(plan, publisher, store, rows_per_part, order)
+    parts.settled(range(num_rows))
+    assert parts.finish(num_rows) == -(-num_rows // rows_per_part)
+    return written
+
+
+def again(made, rows=()):
+    """The same state in another run: its ledger, with these rows settled anew."""
+    _, plan, store = made
+    ledger, where = Ledger(store), Numbers()
+    for records in ledger.records():
+        for row in records.rows:
+            where[int(row["index"])] = int(row["value"]) >> 1
+    for index, row, is_error in rows:
+        meta = {"t": "err" if is_error else "ok", "id": str(index), "key": "00" * 12, "index": index}
+        where[index] = ledger.append(meta | {"code": "bad_row", "usage": [1, 1, 0]}, dump(row))
+    ledger.sync()
+    return Publisher(plan, ledger, where, "input"), plan, store
+
+
+def test_parts_are_written_again_only_where_their_rows_are_others(published, tmp_path):
+    made = published(f"{tmp_path}/parts/", SIX)
+    assert run(made) == [0, 1, 2]
+    made = again(made)
+    assert run(made) == []
+    made = again(made, [(3, {"n": 33}, False)])
+    assert run(made) == [1]
+    assert folder_of(tmp_path / "parts")["part-00001.jsonl"] == [2, 33]
+    os.unlink(tmp_path / "parts" / "part-00002.jsonl")
+    assert run(again(made)) == [2]
+
+
+def test_a_run_that_ends_before_the_part_is_written(published, tmp_path):
+    """A row's new answer is durable, the part still shows the old one: the next run writes it, as it is."""
+    made = published(f"{tmp_path}/parts/", SIX)
+    run(made)
+    made = again(made, [(5, {"n": 55}, False)])
+    made = again(made)  # nothing new
+    assert run(made) == [2]
+    assert folder_of(tmp_path / "parts")["part-00002.jsonl"] == [4, 55]
+
+
+def test_a_part_half_way_to_its_new_content_is_not_trusted(published, tmp_path):
+    made = published(f"{tmp_path}/parts/", SIX)
+    run(made)
+    publisher, plan, store = again(made, [(0, {"n": 100}, False)])
+    parts = Parts(plan, publisher, store, 2, "input")
+    parts.settled([0, 1])  # written over, and then the run is killed
+    assert folder_of(tmp_path / "parts")["part-00000.jsonl"] == [100, 1]
+    old = again(made)
+    old[0]._where[0] = made[0]._where.slice(0, 1)[0]  # the row is what it was
+    assert run(old) == [0]
+    assert folder_of(tmp_path / "parts")["part-00000.jsonl"] == [0, 1]
+
+
+@pytest.mark.parametrize(("size", "count"), [(3, 2), (1, 6), (4, 2), (100, 1)])
+def test_parts_of_another_size(size, count, published, tmp_path):
+    made = published(f"{tmp_path}/parts/", SIX)
+    run(made)
+    assert len(run(again(made), rows_per_part=size)) == count
+    found = folder_of(tmp_path / "parts")
+    assert [n for rows in found.values() for n in rows] == [0, 1, 2, 3, 4, 5]
+    assert len(found) == count
+
+
+def test_parts_in_another_format_or_order(published, tmp_path):
+    """Those of before go; what is not a part of the job's stays."""
+    made = published(f"{tmp_path}/parts/", SIX)
+    run(made)
+    (tmp_path / "parts" / "part-of-mine.jsonl").write_text('{"n": -1}')
+    publisher, plan, store = again(made)
+    plan = replace(plan, format="parquet")
+    publisher._plan = plan
+    assert run((publisher, plan, store)) == [0, 1, 2]
+    names = sorted(os.listdir(tmp_path / "parts"))
+    assert names == ["_shoal", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "part-of-mine.jsonl"]
+    assert run((publisher, plan, store), order="completion") == [0, 1, 2]
 
 
 def test_parquet_has_one_schema(published, tmp_path):
