@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal
 
@@ -114,7 +115,8 @@ class JobConfig(BaseModel):
         text = str(value).strip()
         number = text.removesuffix("%").strip()
         try:
-            wrong = float(number) < 0 or (not text.endswith("%") and not number.isdigit())
+            share = float(number)
+            wrong = not 0 <= share < math.inf or (not text.endswith("%") and not number.isdigit())
         except ValueError:
             wrong = True
         if wrong:

@@ -96,15 +96,21 @@ class Job:
         self._display = Display(self._accounts, config.progress_s)
         self._runner: Runner
         self._num_faults = 0  # rows that validation found to be errors
+        self._validated = False  # by this run, or by one whose rows can be kept
         self._telemetry: JobTelemetry | None = None  # until there is a Ray
 
     def run(self) -> Exit:
         """All of it."""
         try:
             earlier = self._compare()
+            self._validated = earlier is not None and (earlier.get("validated", False) or earlier["rows"] is not None)
+            if self._config.fresh:  # the answers there were are kept until it is clear that there will be others
+                self._look_through()
         except JobError as error:
             LOGGER.error("%s", error)
             return error.code
+        if self._config.fresh and self._stop.asked:
+            return self._stop.code
         self._ledger = Ledger(self._store, fresh=self._config.fresh)
         every_s = _STATUS_S if self._plan.local else _REMOTE_STATUS_S
         self._status = StatusFile(
@@ -141,8 +147,10 @@ class Job:
 
     def _live(self, earlier: dict[str, Any] | None) -> Exit:
         self._status.enter(Status.VALIDATING)
-        rows = None if earlier is None else earlier.get("rows")
-        self._accounts.total_rows = self._validate() if rows is None else rows
+        if earlier is not None:
+            self._accounts.total_rows = earlier["rows"]
+        if not self._validated:
+            self._look_through()
         if self._stop.asked:
             return self._cancel()
         self._since = self._describe(earlier)
@@ -165,6 +173,7 @@ class Job:
         if earlier is not None and earlier.get("versions") == now:
             epoch = earlier["epoch"]
         description = {"identity": self._identity, "rows": self._accounts.total_rows, "versions": now, "epoch": epoch}
+        description["validated"] = True
         self._store.put(JOB_FILE, json.dumps(description).encode())
         return epoch
 
@@ -187,6 +196,10 @@ class Job:
         LOGGER.warning("going on with changes; rows that they touch are computed again:%s", listed)
         return None
 
+    def _look_through(self) -> None:
+        self._accounts.total_rows = self._validate()
+        self._validated = True
+
     def _validate(self) -> int | None:
         """Reads the input without a model; the number of its rows, None where it has more than were looked at."""
         config = self._config
@@ -206,7 +219,6 @@ class Job:
             raise JobError(Exit.INVALID_INPUT, f"{result}\nCorrect them, or let on_invalid=continue make them errors")
         if result.num_faults:
             LOGGER.warning("%s", result)
-            self._num_faults = result.num_faults
         return result.num_rows if result.complete else None
 
     def _counted_before(self) -> tuple[int, int]:

@@ -140,6 +140,29 @@ def test_an_object_store(run, write_rows, monkeypatch):
     assert not files.glob("/jobs/a.jsonl.shoal/ledger-000002-*.jsonl"), "nothing was computed again"
 
 
+def test_a_long_input_is_looked_through_once(run, write_rows, monkeypatch):
+    """More rows than are validated ahead: how many there are is then not known before they are read."""
+    first = run(write_rows(ROWS), validate_rows=10)
+    assert first.code == Exit.COMPLETED
+    monkeypatch.setattr("shoal.driver.jobs.job.validate", lambda *_: pytest.fail("looked through again"))
+    again = run(write_rows(ROWS), validate_rows=10)
+    assert again.code == Exit.COMPLETED
+    assert again.rows() == first.rows()
+    assert again.report()["rows"]["resumed"] == 40
+
+
+@pytest.mark.contract
+def test_a_folder_is_cut_anew(run, write_rows, tmp_path):
+    """Clause 1: every row once, also where the same output is asked for in other parts."""
+    for size, count in ((10, 4), (25, 2), (7, 6)):
+        ran = run(write_rows(ROWS), output=f"{tmp_path}/parts/", rows_per_part=size)
+        assert ran.code == Exit.COMPLETED
+        parts = sorted((tmp_path / "parts").glob("part-*"))
+        assert len(parts) == count
+        assert [row["id"] for part in parts for row in ran.rows(part)] == [row["id"] for row in ROWS]
+    assert ran.report()["rows"]["resumed"] == 40
+
+
 def test_a_finished_job_starts_no_engine(run, write_rows, monkeypatch):
     first = run(write_rows(ROWS))
     expected = first.rows()
@@ -173,6 +196,9 @@ def test_changes_are_noticed(run, write_rows, caplog):
     assert [row["id"] for row in accepted.rows()] == [row["id"] for row in rows]
     assert [row["index"] for row in accepted.records("ok")][40:] == [5, 6], "only these two were computed again"
     assert accepted.rows()[7:] == expected[6:]
+    broken = run(write_rows([*rows, "no json"], "broken.jsonl"), fresh=True)
+    assert broken.code == Exit.INVALID_INPUT
+    assert len(broken.records("ok")) == 42, "a fresh start that cannot be one costs nothing"
     fresh = run(source, sampling_params={"max_tokens": 9, "ignore_eos": True}, fresh=True)
     assert fresh.code == Exit.COMPLETED
     assert {row["num_generated_tokens"] for row in fresh.rows()} == {9}

@@ -27,6 +27,8 @@ def test_defaults_and_lists():
         ({"max_errors": "many"}, "max_errors must be a number of rows"),
         ({"max_errors": "-1"}, "max_errors"),
         ({"max_errors": "1.5"}, "max_errors"),
+        ({"max_errors": "nan%"}, "max_errors"),
+        ({"max_errors": "inf%"}, "max_errors"),
         ({"engine": {"modle": "m"}}, "model is missing"),
         ({"engine": {"model": "m", "max_num_seq": 2}}, "unknown engine argument 'max_num_seq'; did you mean"),
         ({"prompt_column": ""}, "prompt_column must name a column"),
