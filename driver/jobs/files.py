@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ FORMATS = {
     ".csv": "csv",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+STATE_SUFFIX = ".shoal"  # of a folder with the state of a job, beside its output
 _SAMPLE = 1 << 16  # bytes of each end of a file that its identity is taken from
 
 
@@ -29,13 +30,17 @@ class InputFile:
     name: str  # for messages and row ids: relative to the folder that was given, else the file's own name
     size: int
     format: str
+    optional: tuple[tuple[str, str], ...] = ()  # columns of CSV in which an empty cell is none, if the second is there
 
     def open(self) -> IO[bytes]:
         """Its bytes, decompressed."""
-        ending = os.path.splitext(self.path)[1]
-        compression = COMPRESSIONS.get(ending)
-        opened: IO[bytes] = self.filesystem.open(self.path, "rb", compression=compression)
+        opened: IO[bytes] = self.filesystem.open(self.path, "rb", compression=self.compression)
         return opened
+
+    @property
+    def compression(self) -> str | None:
+        """By the name's ending."""
+        return COMPRESSIONS.get(os.path.splitext(self.path)[1])
 
     def identity(self) -> list[Any]:
         """What tells this file from another version of itself, without reading it all."""
@@ -69,11 +74,16 @@ def _arrow_filesystem(address: str) -> tuple[Any, str]:
     return ArrowFSWrapper(found), path
 
 
-def find_inputs(addresses: Sequence[str], format_: str) -> list[InputFile]:
-    """All files of the addresses, each address's in the order of their names. ValueError where there are none."""
+def find_inputs(
+    addresses: Sequence[str], format_: str, leave_out: Callable[[Any, str], bool] = lambda filesystem, path: False
+) -> list[InputFile]:
+    """All files of the addresses, each address's in the order of their names. ValueError where there are none.
+
+    `leave_out(filesystem, path)`: of the files that a folder or a glob brings, those that are not asked for.
+    """
     files: list[InputFile] = []
     for address in addresses:
-        found = _expand(address, format_)
+        found = _expand(address, format_, leave_out)
         if not found:
             raise ValueError(f"input {address!r}: no {'such' if format_ == 'auto' else format_} files found")
         files += found
@@ -89,24 +99,29 @@ def find_inputs(addresses: Sequence[str], format_: str) -> list[InputFile]:
     return [InputFile(f.filesystem, f.path, f.path, f.size, f.format) for f in files]
 
 
-def _expand(address: str, format_: str) -> list[InputFile]:
+def _expand(address: str, format_: str, leave_out: Callable[[Any, str], bool]) -> list[InputFile]:
     filesystem, path = filesystem_of(address)
     if any(sign in path for sign in "*?[") and not filesystem.exists(path):
         base = path[: min(path.index(sign) for sign in "*?[" if sign in path)].rsplit("/", 1)[0]
-        return _described(filesystem, _visible(filesystem.glob(path), base), base, format_)
+        found = [name for name in _visible(filesystem.glob(path), base) if not leave_out(filesystem, name)]
+        return _described(filesystem, found, base, format_)
     if filesystem.isdir(path):
         inside = _visible(filesystem.find(path), path)
         known = [name for name in inside if format_ != "auto" or format_of(name) is not None]
-        return _described(filesystem, known, path, format_)
+        return _described(filesystem, [name for name in known if not leave_out(filesystem, name)], path, format_)
     if not filesystem.exists(path):
         raise ValueError(f"input {address!r} does not exist")
     return _described(filesystem, [path], os.path.dirname(path), format_)
 
 
 def _visible(paths: list[str], base: str) -> list[str]:
-    """Without what starts with _ or . below the folder that was named: state, checksums, half-written files."""
+    """Without what starts with _ or . below the folder that was named, or is in a folder of a job's state."""
     start = len(base.rstrip("/")) + 1
-    return sorted(p for p in paths if not any(part[:1] in "_." for part in p[start:].split("/")))
+    return sorted(path for path in paths if _is_visible(path[start:].split("/")))
+
+
+def _is_visible(parts: list[str]) -> bool:
+    return not any(part[:1] in "_." for part in parts) and not any(part.endswith(STATE_SUFFIX) for part in parts[:-1])
 
 
 def _described(filesystem: Any, paths: list[str], base: str, format_: str) -> list[InputFile]:

@@ -15,6 +15,7 @@ from shoal.driver.local_files import read_template
 if TYPE_CHECKING:
     from shoal.driver.model_config import ResolvedModel
 
+JOB_FILE = "job.json"  # of the state: what the job is
 # What an answer, or the row that holds it, depends on.
 _ENGINE_FIELDS = (
     "tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init", "dtype", "kv_cache_dtype", "seed",

@@ -17,15 +17,15 @@ from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.cycles import rare_search
 from shoal.driver.jobs.display import Display
 from shoal.driver.jobs.events import Hooks
-from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.held_ray import HeldRay
 from shoal.driver.jobs.history import Samples
-from shoal.driver.jobs.identity import differences, job_identity, salt
+from shoal.driver.jobs.identity import JOB_FILE, differences, job_identity, salt
 from shoal.driver.jobs.intake import Intake
 from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
+from shoal.driver.jobs.own_files import job_inputs, make_folders, refuse_inputs
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables
 from shoal.driver.jobs.prefix import Position, versions
@@ -46,7 +46,6 @@ from shoal.driver.secrecy import masked
 if TYPE_CHECKING:
     from shoal.driver.resolve import ResolvedConfig
 
-JOB_FILE = "job.json"
 _STATUS_S, _REMOTE_STATUS_S = 1.0, 15.0
 _ENGINES_END_S = 30.0
 _FULL_RETRY_S = 2.0
@@ -76,10 +75,12 @@ class Job:
     def __init__(self, config: JobConfig, make_model: MakeModel, stop: StopRequest, held_ray: HeldRay) -> None:
         """Finds input, output and model, and compares them with those of an earlier run. Takes nothing over yet."""
         self._config, self._stop, self._held_ray = config, stop, held_ray
-        self._files = find_inputs(config.input, config.input_format)
+        self._files = job_inputs(config)
         self._form_name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
         self._form = make_form(self._form_name, config)
         self._plan = plan_output(config, self._files[0].format, self._form.separate_errors)
+        refuse_inputs(config, self._plan, self._files)
+        make_folders(self._plan)
         self._store = open_store(
             self._plan.filesystem,
             self._plan.state_path,

@@ -12,13 +12,12 @@ from typing import IO, Any
 import numpy as np
 
 from shoal.driver.jobs.config import JobConfig, suffix
-from shoal.driver.jobs.files import filesystem_of
+from shoal.driver.jobs.files import STATE_SUFFIX, filesystem_of
 from shoal.driver.jobs.keys import Int64, Numbers
 from shoal.driver.jobs.sinks.registry import Sink, make_sink
 from shoal.driver.jobs.state.folder import sync_folder
 from shoal.driver.jobs.state.ledger import Ledger
 
-STATE_SUFFIX = ".shoal"
 FOLDER_STATE = "_shoal"
 _LOCAL = ("file", "local")
 
@@ -67,7 +66,21 @@ def plan_output(config: JobConfig, input_format: str, separate_errors: bool) -> 
         other, error_path = filesystem_of(config.error_output)
         if other.protocol != filesystem.protocol:
             raise ValueError(f"error_output must be on the store of output, got {config.error_output!r}")
+        _check_error_output(config, error_path, path, local)
     return OutputPlan(filesystem, local, format_, path, error_path, path + STATE_SUFFIX, False)
+
+
+def _check_error_output(config: JobConfig, error_path: str, path: str, local: bool) -> None:
+    """Whether it can be beside the output at `path`. ValueError where it cannot."""
+    given, state = config.error_output, path + STATE_SUFFIX
+    if local:
+        if str(given).endswith("/") or os.path.isdir(error_path):
+            raise ValueError(f"error_output must name a file, got the folder {given!r}")
+        error_path, path, state = map(os.path.realpath, (error_path, path, state))
+    if error_path == path:
+        raise ValueError(f"error_output must be another file than output, got {given!r} for both")
+    if f"{error_path}/".startswith(f"{state}/"):
+        raise ValueError(f"error_output must not be in the job's state folder {state!r}, got {given!r}")
 
 
 class GaveUpError(RuntimeError):

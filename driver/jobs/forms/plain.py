@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shoal.driver.config import EngineConfig
     from shoal.driver.outputs import CompletionOutput, RequestOutput
 
-_ID_COLUMNS = ("id", "custom_id")
+ID_COLUMNS = ("id", "custom_id")  # where a job names none
 _MODEL_COLUMN = "model"
 
 
@@ -125,11 +125,12 @@ class PlainForm:
         names = self._config.columns
         kept = columns if names is None else {name: columns.get(name) for name in names}
         id_column = self._config.id_column or _own_id_column(columns) or "id"
-        return {id_column: columns.get(id_column, row_id), **kept}
+        own = columns.get(id_column)
+        return {id_column: row_id if own is None else own, **{k: v for k, v in kept.items() if k != id_column}}
 
 
 def _own_id_column(columns: Mapping[str, Any]) -> str | None:
-    for name in _ID_COLUMNS:
+    for name in ID_COLUMNS:
         if columns.get(name) is not None:
             return name
     return None

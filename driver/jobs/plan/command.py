@@ -108,15 +108,15 @@ def make_plan(config: JobConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 def _look(config: JobConfig, find: MakeModel, most_tokenized: int, on_gpu: bool) -> tuple[str, ModelSpec, str, Survey]:
     """The input's form, the model's numbers and dtype, and what is in the input."""
-    from shoal.driver.jobs.files import find_inputs
     from shoal.driver.jobs.forms.base import make_form
     from shoal.driver.jobs.identity import job_identity, salt
     from shoal.driver.jobs.keys import RowKeys
+    from shoal.driver.jobs.own_files import job_inputs
     from shoal.driver.jobs.plan.survey import survey
     from shoal.driver.jobs.scan import detect_form
     from shoal.driver.model_config import resolve_dtype
 
-    files = find_inputs(config.input, config.input_format)
+    files = job_inputs(config)
     name = detect_form(files, config.max_line_bytes) if config.form == "auto" else config.form
     form = make_form(name, config)
     model = find(config.engine)

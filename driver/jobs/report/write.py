@@ -6,8 +6,8 @@ import json
 import os
 from typing import Any
 
-from shoal.driver.jobs.files import filesystem_of
-from shoal.driver.jobs.publish import FOLDER_STATE, STATE_SUFFIX
+from shoal.driver.jobs.files import STATE_SUFFIX, filesystem_of
+from shoal.driver.jobs.publish import FOLDER_STATE
 from shoal.driver.jobs.report.numbers import gather, load_runs
 from shoal.driver.jobs.report.page import make_page
 from shoal.driver.jobs.state.folder import Folder

@@ -1,4 +1,4 @@
-"""CSV with a header line. All values are text, as they stand: an id 007 stays one."""
+"""CSV with a header line. All values are text, as they stand: an id 007 stays one. Empty optional ones are null."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def _all_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
             return
         if len(set(header)) != len(header):
             raise ValueError(f"{file.name}: the header names a column twice: {header}")
+        optional = [name for name, other in file.optional if other in header]
         while True:
             start = reader.line_num + 1
             try:
@@ -40,14 +41,17 @@ def _all_rows(file: InputFile, max_line_bytes: int) -> Iterator[SourceRow]:
                 yield SourceRow(start, b"", fault=Fault(code, "read", f"not CSV: {error}"))
                 continue
             if values:
-                yield _row(start, header, values)
+                yield _row(start, header, values, optional)
 
 
-def _row(start: int, header: list[str], values: list[str]) -> SourceRow:
+def _row(start: int, header: list[str], values: list[str], optional: list[str]) -> SourceRow:
     if len(values) != len(header):
         message = f"{len(values)} values, but the header names {len(header)} columns"
         return SourceRow(start, b"", fault=Fault("invalid_csv", "read", message))
     columns: dict[str, Any] = dict(zip(header, values, strict=True))
+    for name in optional:  # CSV has no other way to say that a row has none
+        if columns.get(name) == "":
+            columns[name] = None
     try:
         raw = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,6 +42,7 @@ class Start:
 
 
 BEGINNING = Start()
+_BAD_BZ2 = "Invalid data stream"  # all that its OSError says
 _DIGITS, _LONG_NUMBER = bytes.maketrans(b"123456789", b"0" * 9), b"0" * 19
 
 
@@ -78,4 +82,21 @@ def read_rows(file: InputFile, max_line_bytes: int, start: Start = BEGINNING) ->
     """Rows of a file from a place on, in order; what cannot be read comes as a row with its fault."""
     module, name = SOURCES[file.format].split(":")
     reader: Callable[[InputFile, int, Start], Iterator[SourceRow]] = getattr(import_module(module), name)
-    return reader(file, max_line_bytes, start)
+    rows = reader(file, max_line_bytes, start)
+    return rows if file.compression is None else _decompressed(file, rows)
+
+
+def _decompressed(file: InputFile, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+    """The rows. ValueError where the file's bytes are not what its ending says."""
+    try:
+        yield from rows
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise _broken(file, error) from None
+    except OSError as error:
+        if error.errno is not None or str(error) != _BAD_BZ2:  # the store's own trouble
+            raise
+        raise _broken(file, error) from None
+
+
+def _broken(file: InputFile, error: Exception) -> ValueError:
+    return ValueError(f"input {file.path!r} cannot be decompressed: it is no whole {file.compression} file: {error}")

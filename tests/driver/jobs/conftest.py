@@ -5,9 +5,9 @@ import json
 import pytest
 
 from shoal.driver.jobs.config import make_job
-from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.keys import RowKeys
+from shoal.driver.jobs.own_files import job_inputs
 from shoal.driver.jobs.scan import Scanner, detect_form, raw_rows, validate
 
 
@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, config):
         self.config = config
-        self.files = find_inputs(config.input, config.input_format)
+        self.files = job_inputs(config)
         form = detect_form(self.files, config.max_line_bytes) if config.form == "auto" else config.form
         self.form_name, self.form = form, make_form(form, config)
 

@@ -1,8 +1,10 @@
 """Input files and rows: formats, what is wrong with them, ids and keys."""
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
 import time
 
 import fsspec
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.driver.jobs.faults import RowError
+from shoal.driver.jobs.faults import Fault, RowError
 from shoal.driver.jobs.files import find_inputs
 from shoal.driver.jobs.sources.registry import Start, parse_object, read_rows
 
@@ -146,6 +148,31 @@ def test_csv(tmp_path, reader):
         reader(str(path)).rows()
 
 
+def test_an_empty_cell_of_csv_is_not_given(tmp_path, reader):
+    """Where a row may leave a column out, CSV has no other way to do so."""
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "id,prompt,messages,sampling_params,note\n"
+        'a,p,,,\n,q,,"{""n"": 2}",x\nc,,"[{""role"": ""user"", ""content"": ""hi""}]",,\nd,,,,\n'
+    )
+    found = reader(str(path))
+    rows = found.rows()
+    assert [row.row_id for row in rows] == ["a", "a.csv:3", "c", "d"]
+    assert faults(rows) == {5: "missing_column"}
+    asked = [found.form.request(row.columns) for row in rows[:3]]
+    assert [(one.prompt, one.sampling) for one in asked] == [("p", {}), ("q", {"n": 2}), (None, {})]
+    assert asked[2].messages == [{"role": "user", "content": "hi"}]
+    assert rows[0].columns["note"] == ""
+    assert found.form.failure(rows[1].row_id, rows[1].columns, Fault("c", "s", "m"))["id"] == "a.csv:3"
+    path.write_text("key,prompt\n,x\nk,\n")
+    found = reader(str(path), id_column="key")
+    rows = found.rows()
+    assert faults(rows) == {2: "missing_column"}
+    assert found.form.request(rows[1].columns).prompt == ""  # there are no messages beside it
+    (path.parent / "b.jsonl").write_text('{"id": "", "prompt": "x"}\n')
+    assert faults(reader(str(path.parent / "b.jsonl")).rows()) == {1: "invalid_id"}
+
+
 def test_parquet(tmp_path, reader):
     path = str(tmp_path / "a.parquet")
     when = datetime.datetime(2026, 1, 2)
@@ -166,6 +193,16 @@ def test_compressed(tmp_path, reader):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n".join(json.dumps(row).encode() for row in GOOD)))
     assert [row.columns for row in reader(str(path)).rows()] == GOOD
+
+
+@pytest.mark.parametrize(("ending", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_a_broken_compressed_file_is_named(tmp_path, reader, ending, module):
+    path = tmp_path / f"a.jsonl.{ending}"
+    whole = module.compress(b"\n".join(b'{"prompt": "%d"}' % i for i in range(500)))
+    for data in (b'{"prompt": "as it stands"}\n', whole[:-20]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"input '{path}' cannot be decompressed: it is no whole"):
+            reader(str(path)).rows()
 
 
 def test_keys_follow_the_row_where_it_has_an_id(write, reader):

@@ -221,6 +221,10 @@ def test_outputs_that_cannot_be(job, tmp_path):
         ({"output": "nonsense://x/a.jsonl"}, "cannot be opened"),
         ({"output": str(tmp_path), "output_format": "jsonl", "error_output": "x.jsonl"}, "error_output"),
         ({"output": "a.jsonl", "error_output": "memory://x.jsonl"}, "error_output must be on the store"),
+        ({"output": "a.jsonl", "error_output": "./x/../a.jsonl"}, "error_output must be another file than output"),
+        ({"output": "memory://a.jsonl", "error_output": "memory://a.jsonl"}, "error_output must be another file"),
+        ({"output": "a.jsonl", "error_output": "a.jsonl.shoal/e.jsonl"}, "error_output must not be in the job's state"),
+        ({"output": "a.jsonl", "error_output": str(tmp_path)}, "error_output must name a file, got the folder"),
     ):
         with pytest.raises(ValueError, match=message):
             plan_output(job("in.jsonl", **fields), "jsonl", False)
