@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 FORMATS = {
@@ -29,6 +29,7 @@ class InputFile:
     name: str  # for messages and row ids: relative to the folder that was given, else the file's own name
     size: int
     format: str
+    columns: frozenset[str] | None = None  # that are asked for: a format that can reads no others; None: all
 
     def open(self) -> IO[bytes]:
         """Its bytes, decompressed."""
@@ -87,6 +88,11 @@ def find_inputs(addresses: Sequence[str], format_: str) -> list[InputFile]:
     if len(set(names)) == len(names):
         return files
     return [InputFile(f.filesystem, f.path, f.path, f.size, f.format) for f in files]
+
+
+def with_columns(files: Sequence[InputFile], columns: frozenset[str] | None) -> list[InputFile]:
+    """The files, with nothing else asked for than those columns; None: all of them."""
+    return [replace(file, columns=columns) for file in files]
 
 
 def _expand(address: str, format_: str) -> list[InputFile]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shoal.driver.jobs.config import make_job
-from shoal.driver.jobs.files import find_inputs
+from shoal.driver.jobs.files import find_inputs, with_columns
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.scan import Scanner, detect_form, raw_rows, validate
@@ -47,6 +47,7 @@ class Reader:
         self.files = find_inputs(config.input, config.input_format)
         form = detect_form(self.files, config.max_line_bytes) if config.form == "auto" else config.form
         self.form_name, self.form = form, make_form(form, config)
+        self.files = with_columns(self.files, self.form.reads())
 
     def scanner(self):
         return Scanner(self.form, RowKeys(b"salt"))
