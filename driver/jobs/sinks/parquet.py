@@ -44,8 +44,11 @@ class ParquetSink:
         for name in dict.fromkeys(name for row in self._group for name in row):
             if name in self._as_text:
                 continue
+            values = [row.get(name) for row in self._group]
             try:
-                found = pyarrow.array([row.get(name) for row in self._group]).type
+                found = pyarrow.array(values).type
+                if pyarrow.types.is_floating(found) and any(isinstance(value, bool) for value in values):
+                    raise TypeError("Arrow makes 1.0 of a true that comes after a fraction")
                 self._types[name] = _unified(self._types.get(name, pyarrow.null()), found)
             except _UNFIT:
                 self._give_up_type(name)

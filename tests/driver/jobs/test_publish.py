@@ -104,6 +104,7 @@ def test_parquet_has_json_text_where_no_type_fits(published, tmp_path, caplog, m
         "inner": [{"a": 1}, {"b": 2}, {"a": 3}, {"a": "x"}, None],
         "seen_in_writing": [2**53 + 1, 1, 2, 3, 0.5],
         "flag": [True, False, 1, 0, None],
+        "flag_after_fraction": [0.5, True, 1, 2, None],
         "fits": [1, 2, 3, 4, 0.5],
     }
     rows = [(i, {name: values[i] for name, values in columns.items()}, False) for i in range(5)]
