@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 FORMATS = {
@@ -31,6 +31,7 @@ class InputFile:
     size: int
     format: str
     optional: tuple[tuple[str, str], ...] = ()  # columns of CSV in which an empty cell is none, if the second is there
+    columns: frozenset[str] | None = None  # that are asked for: a format that can reads no others; None: all
 
     def open(self) -> IO[bytes]:
         """Its bytes, decompressed."""
@@ -97,6 +98,11 @@ def find_inputs(
     if len(set(names)) == len(names):
         return files
     return [InputFile(f.filesystem, f.path, f.path, f.size, f.format) for f in files]
+
+
+def with_columns(files: Sequence[InputFile], columns: frozenset[str] | None) -> list[InputFile]:
+    """The files, with nothing else asked for than those columns; None: all of them."""
+    return [replace(file, columns=columns) for file in files]
 
 
 def _expand(address: str, format_: str, leave_out: Callable[[Any, str], bool]) -> list[InputFile]:

@@ -17,6 +17,7 @@ from shoal.driver.jobs.config import JobConfig
 from shoal.driver.jobs.cycles import rare_search
 from shoal.driver.jobs.display import Display
 from shoal.driver.jobs.events import Hooks
+from shoal.driver.jobs.files import with_columns
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.held_ray import HeldRay
 from shoal.driver.jobs.history import Samples
@@ -78,6 +79,7 @@ class Job:
         self._files = job_inputs(config)
         self._form_name = detect_form(self._files, config.max_line_bytes) if config.form == "auto" else config.form
         self._form = make_form(self._form_name, config)
+        self._files = with_columns(self._files, self._form.reads())
         self._plan = plan_output(config, self._files[0].format, self._form.separate_errors)
         refuse_inputs(config, self._plan, self._files)
         make_folders(self._plan)

@@ -29,7 +29,8 @@ class PromptTemplate:
         self._template = environment.from_string(tree)
         # Names behind a default or a test may be absent; only the template can tell, so these are not asked for ahead.
         optional = any(sign in text for sign in ("default", "is defined", "is undefined"))
-        self.columns: frozenset[str] = frozenset() if optional else frozenset(_names(tree))
+        self.names: frozenset[str] = frozenset(_names(tree))  # all that it may look up
+        self.columns: frozenset[str] = frozenset() if optional else self.names
 
     def render(self, columns: dict[str, Any]) -> str:
         """The prompt of a row. RowError for whatever the template raises: it is code."""

@@ -92,8 +92,10 @@ def test_openai_lines(run, write_rows, tmp_path):
 
 def test_tables(run, tmp_path):
     table = pa.Table.from_pylist([{"id": i, "messages": [{"role": "user", "content": f"m{i}"}]} for i in range(20)])
-    pq.write_table(table, tmp_path / "in.parquet")
-    ran = run(str(tmp_path / "in.parquet"), output=str(tmp_path / "out.parquet"), token_ids=True)
+    pq.write_table(table.append_column("blob", [[b"\xff"] * 20]), tmp_path / "in.parquet")
+    ran = run(
+        str(tmp_path / "in.parquet"), output=str(tmp_path / "out.parquet"), columns=["messages"], token_ids=True
+    )  # fmt: skip
     found = pq.read_table(ran.output).to_pylist()
     assert [row["id"] for row in found] == list(range(20))
     assert all(len(row["generated_tokens"]) == 8 for row in found)

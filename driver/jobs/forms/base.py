@@ -36,6 +36,10 @@ class Form(Protocol):
 
     separate_errors: bool  # rows in error go to a file of their own, unless the job says otherwise
 
+    def reads(self) -> frozenset[str] | None:
+        """Columns that it looks at or keeps; None: any."""
+        ...
+
     def row_id(self, columns: dict[str, Any]) -> str | None:
         """The row's own id; None where it has none."""
         ...

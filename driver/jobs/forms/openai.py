@@ -51,6 +51,10 @@ class OpenAIForm:
     def __init__(self, config: JobConfig) -> None:
         self._config = config
 
+    def reads(self) -> frozenset[str] | None:
+        """Any: lines come with few others."""
+        return None
+
     def row_id(self, columns: dict[str, Any]) -> str | None:
         """custom_id, which every line must have."""
         if columns.get("custom_id") is None:

@@ -54,6 +54,16 @@ class PlainForm:
             else PromptTemplate(config.prompt_template, config.engine.allowed_local_path)
         )
 
+    def reads(self) -> frozenset[str] | None:
+        """Any, unless those to keep are named: then these, and those that make the id and the request."""
+        config = self._config
+        if config.columns is None:
+            return None
+        ids = _ID_COLUMNS if config.id_column is None else (config.id_column,)
+        made_of = {config.prompt_column, config.messages_column, config.sampling_column, _MODEL_COLUMN}
+        names = frozenset() if self._template is None else self._template.names
+        return names.union(config.columns, ids, made_of)
+
     def row_id(self, columns: dict[str, Any]) -> str | None:
         """From `id_column`, else from id or custom_id where the row has one."""
         name = self._config.id_column
@@ -72,11 +82,12 @@ class PlainForm:
             if missing:
                 raise RowError("missing_column", "validate", f"prompt_template needs {', '.join(map(repr, missing))}")
         elif columns.get(config.prompt_column) is None and columns.get(config.messages_column) is None:
+            has = "it has" if config.columns is None else "of the columns that are read it has"
             raise RowError(
                 "missing_column",
                 "validate",
                 f"the row has neither {config.prompt_column!r} nor {config.messages_column!r}; "
-                f"it has {', '.join(map(repr, columns)) or 'no columns'}",
+                f"{has} {', '.join(map(repr, columns)) or 'none'}",
             )
         for name in config.columns or ():
             if name not in columns:

@@ -108,6 +108,7 @@ def make_plan(config: JobConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 def _look(config: JobConfig, find: MakeModel, most_tokenized: int, on_gpu: bool) -> tuple[str, ModelSpec, str, Survey]:
     """The input's form, the model's numbers and dtype, and what is in the input."""
+    from shoal.driver.jobs.files import with_columns
     from shoal.driver.jobs.forms.base import make_form
     from shoal.driver.jobs.identity import job_identity, salt
     from shoal.driver.jobs.keys import RowKeys
@@ -119,6 +120,7 @@ def _look(config: JobConfig, find: MakeModel, most_tokenized: int, on_gpu: bool)
     files = job_inputs(config)
     name = detect_form(files, config.max_line_bytes) if config.form == "auto" else config.form
     form = make_form(name, config)
+    files = with_columns(files, form.reads())
     model = find(config.engine)
     spec, gguf = model.resolved.spec, model.resolved.load.load_format == "gguf"
     dtype = resolve_dtype(config.engine.dtype, spec, "cuda" if on_gpu else "cpu", gguf)

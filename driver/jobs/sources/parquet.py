@@ -24,21 +24,34 @@ def read_rows(file: InputFile, max_line_bytes: int, start: Start) -> Iterator[So
             table = pyarrow.parquet.ParquetFile(opened)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{file.name} is not a Parquet file: {error}") from None
+        wanted = file.columns
+        names = None if wanted is None else [name for name in table.schema_arrow.names if name in wanted]
         number = 0
-        for batch in table.iter_batches(_BATCH_ROWS):
+        for batch in table.iter_batches(_BATCH_ROWS, columns=names):
             skipped = min(batch.num_rows, max(0, start.line - number))
             number += skipped
             for columns in batch.slice(skipped).to_pylist():
                 number += 1
-                yield _row(number, columns)
+                # Arrow takes a name with a dot for a path too, and brings what lies there with it.
+                yield _row(number, columns if wanted is None else {n: v for n, v in columns.items() if n in wanted})
 
 
 def _row(number: int, columns: dict[str, Any]) -> SourceRow:
     try:
         raw = json.dumps(columns, default=_plain, ensure_ascii=True, separators=(",", ":")).encode()
     except (TypeError, ValueError) as error:
-        return SourceRow(number, repr(columns).encode(), Fault("invalid_value", "read", str(error)))
+        message = f"{_culprit(columns)}{error}: name the columns to keep (columns), without it"
+        return SourceRow(number, repr(columns).encode(), Fault("invalid_value", "read", message))
     return SourceRow(number, raw)
+
+
+def _culprit(columns: dict[str, Any]) -> str:
+    for name, value in columns.items():
+        try:
+            json.dumps(value, default=_plain)
+        except (TypeError, ValueError):
+            return f"column {name!r}: "
+    return ""
 
 
 def _plain(value: Any) -> Any:
@@ -46,4 +59,4 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, (decimal.Decimal, datetime.timedelta)):
         return str(value)
-    raise TypeError(f"a value of type {type(value).__name__} cannot be written to the output: leave its column out")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written to the output")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from shoal.driver.jobs.config import make_job
+from shoal.driver.jobs.files import with_columns
 from shoal.driver.jobs.forms.base import make_form
 from shoal.driver.jobs.keys import RowKeys
 from shoal.driver.jobs.own_files import job_inputs
@@ -47,6 +48,7 @@ class Reader:
         self.files = job_inputs(config)
         form = detect_form(self.files, config.max_line_bytes) if config.form == "auto" else config.form
         self.form_name, self.form = form, make_form(form, config)
+        self.files = with_columns(self.files, self.form.reads())
 
     def scanner(self):
         return Scanner(self.form, RowKeys(b"salt"))

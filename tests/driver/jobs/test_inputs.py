@@ -184,9 +184,29 @@ def test_parquet(tmp_path, reader):
     pq.write_table(pa.table({"prompt": ["a"], "blob": [b"\x00"]}), path)
     (row,) = reader(path).rows()
     assert row.fault.code == "invalid_value"
+    assert "column 'blob': a value of type bytes" in row.fault.message
+    assert "name the columns to keep (columns), without it" in row.fault.message
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"b\.parquet is not a Parquet file"):
         reader(str(tmp_path / "b.parquet")).rows()
+
+
+def test_parquet_columns_that_nothing_asks_for_are_not_read(tmp_path, reader):
+    path = str(tmp_path / "a.parquet")
+    columns = {"id": ["i"], "prompt": ["p"], "sampling_params": ["{}"], "title": ["t"], "blob": [b"\x00"]}
+    pq.write_table(pa.table(columns | {"a": [{"b": 1, "c": b"\x00"}], "a.b": ["dotted"]}), path)
+    (row,) = reader(path, columns=["title", "a.b"]).rows()
+    assert row.fault is None
+    assert row.columns == {"id": "i", "prompt": "p", "sampling_params": "{}", "title": "t", "a.b": "dotted"}
+    (row,) = reader(path, columns=["title", "blob"]).rows()
+    assert "column 'blob'" in row.fault.message
+    (row,) = reader(path, columns=[], prompt_template="{{ title }}{% if a is defined %}!{% endif %}").rows()
+    assert "column 'a'" in row.fault.message
+    found = reader(path, columns=[], id_column="title", prompt_template="{{ title }}")
+    (row,) = found.rows()
+    assert (row.row_id, row.fault, found.form.request(row.columns).prompt) == ("t", None, "t")
+    (row,) = reader(path, columns=[], prompt_column="body").rows()
+    assert row.fault.code == "missing_column"
 
 
 def test_compressed(tmp_path, reader):

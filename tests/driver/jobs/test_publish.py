@@ -1,6 +1,7 @@
 """Output files from a ledger."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from shoal.driver.jobs.json_text import dump
 from shoal.driver.jobs.keys import Numbers
 from shoal.driver.jobs.parts import Parts
 from shoal.driver.jobs.publish import Publisher, plan_output
+from shoal.driver.jobs.sinks import parquet
 from shoal.driver.jobs.state.ledger import Ledger, SupersededError
 from shoal.driver.jobs.state.open_store import open_store
 
@@ -182,11 +184,49 @@ def test_parquet_has_one_schema(published, tmp_path):
     many = [(i, {"n": i, "generated_text": "x"}, False) for i in range(10_000)]
     published(out, many)[0].publish(10_000)
     assert pq.read_table(out, columns=["n"])["n"].to_pylist() == list(range(10_000))
-    with pytest.raises(ValueError, match="do not fit one Parquet schema"):
-        published(str(tmp_path / "b.parquet"), [(0, {"n": 1}, False), (1, {"n": "x"}, False)])[0].publish(2)
-    assert sorted(name for name in os.listdir(tmp_path) if "b.parquet" in name) == ["b.parquet.shoal"]
     published(str(tmp_path / "empty.parquet"), [])[0].publish(0)
     assert pq.read_table(tmp_path / "empty.parquet").num_rows == 0
+
+
+def test_parquet_has_json_text_where_no_type_fits(published, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(parquet, "_GROUP_ROWS", 2)
+    parquet._warn.cache_clear()
+    columns = {
+        "meta": [1, "t", None, [1, "ö"], {"a": 1}],
+        "late": [1, 2, 3, 4, "x"],  # another group's values show it
+        "big": [1, 2, 2**70, 4, 5],
+        "inner": [{"a": 1}, {"b": 2}, {"a": 3}, {"a": "x"}, None],
+        "seen_in_writing": [2**53 + 1, 1, 2, 3, 0.5],
+        "flag": [True, False, 1, 0, None],
+        "flag_after_fraction": [0.5, True, 1, 2, None],
+        "fits": [1, 2, 3, 4, 0.5],
+    }
+    rows = [(i, {name: values[i] for name, values in columns.items()}, False) for i in range(5)]
+    out = str(tmp_path / "a.parquet")
+    with caplog.at_level(logging.WARNING):
+        published(out, rows)[0].publish(5)
+        published(out, rows)[0].publish(5)
+    found = pq.read_table(out)
+    assert found["meta"].to_pylist() == ["1", '"t"', None, '[1, "ö"]', '{"a": 1}']
+    for name, values in columns.items():
+        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        assert found[name].to_pylist() == (values if name == "fits" else texts), name
+        assert caplog.text.count(f"column {name!r}") == (name != "fits")
+
+
+def test_parquet_has_replacement_characters_for_lone_surrogates(published, tmp_path):
+    row = {"prompt": "bad \ud800, good \U0001f600", "deep": [{"key \udfff": "\\ud800 \ud800"}], "c\ud800": "x"}
+    out = str(tmp_path / "a.parquet")
+    published(out, [(0, row, False)])[0].publish(1)
+    (found,) = pq.read_table(out, columns=["prompt", "deep", "c\ufffd"]).to_pylist()
+    assert found == {
+        "prompt": "bad \ufffd, good \U0001f600",
+        "deep": [{"key \ufffd": "\\ud800 \ufffd"}],
+        "c\ufffd": "x",
+    }
+    out = str(tmp_path / "a.jsonl")
+    published(out, [(0, row, False)])[0].publish(1)
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == row
 
 
 def test_an_object_store(published):
