@@ -59,7 +59,7 @@ class PlainForm:
         config = self._config
         if config.columns is None:
             return None
-        ids = _ID_COLUMNS if config.id_column is None else (config.id_column,)
+        ids = ID_COLUMNS if config.id_column is None else (config.id_column,)
         made_of = {config.prompt_column, config.messages_column, config.sampling_column, _MODEL_COLUMN}
         names = frozenset() if self._template is None else self._template.names
         return names.union(config.columns, ids, made_of)
