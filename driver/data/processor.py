@@ -38,6 +38,7 @@ def build_processor(
     """
     checked = make_processor_config(config)
     model = RowModel.find(checked.engine)
+    model.check(checked.sampling_params)
     connect(checked.engine.address)  # before a Dataset is made, which would start or join a Ray by its own rule
     return _Processor(checked, model, preprocess, postprocess)
 

@@ -91,6 +91,7 @@ class Job:
             held_ray.begin()  # whoever resumes waits for rows, and whatever else there is to do takes as long
         self._model = make_model(config.engine)
         self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
+        self._model.check(config.sampling_params)
         self._keys = RowKeys(salt(self._identity))
         self._accounts, self._samples = Accounts(), Samples()
         self._display = Display(self._accounts, config.progress_s)
