@@ -16,20 +16,25 @@ from shoal.driver.secrecy import GIVE_TOKEN
 _DEST = "engine."  # keeps a flag's place apart from the command's own arguments of the same name
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, hidden: Container[str] = ()) -> None:
     """A flag for every field but `model` (that for `hf_token` refuses): `--max-num-seqs 512`, `--enforce-eager`,
-    `--no-enable-prefix-caching`, JSON for dicts, "module:Class" (one or more) for lists."""
+    `--no-enable-prefix-caching`, JSON for dicts, "module:Class" (one or more) for lists.
+
+    `hidden`: fields that the command's own config refuses in better words than "unrecognized"; its help has them not.
+    """
     group = parser.add_argument_group("engine options", "as in LLM(...); what is not given keeps its default there")
-    add_field_options(group, EngineConfig, {"model", "hf_token"}, _DEST)
+    add_field_options(group, EngineConfig, {"model", "hf_token"}, _DEST, hidden)
     group.add_argument("--hf-token", nargs="?", action=_NoSecret, help=f"refused: {GIVE_TOKEN}")
 
 
-def add_field_options(group: Any, config: type[BaseModel], skip: Container[str], prefix: str) -> None:
+def add_field_options(
+    group: Any, config: type[BaseModel], skip: Container[str], prefix: str, hidden: Container[str] = ()
+) -> None:
     """A flag for every field of a config but those of `skip`; it is in the namespace only where it was given."""
     for name, field in config.model_fields.items():
         if name not in skip:
             flag = "--" + name.replace("_", "-")
-            text = (field.description or "").replace("%", "%%")
+            text = argparse.SUPPRESS if name in hidden else (field.description or "").replace("%", "%%")
             dest = prefix + name
             group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, help=text, **_form(field.annotation, name))
 

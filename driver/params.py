@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import operator
 import os
@@ -243,7 +244,7 @@ class SamplingParams(_Checked):
         `max_tokens=None` and fields whose default is None keep their None.
         """
         bias = arguments.get("logit_bias")
-        if bias is not None:
+        if isinstance(bias, Mapping):  # else the constructor says that it is none
             arguments["logit_bias"] = {int(key): min(100.0, max(-100.0, float(value))) for key, value in bias.items()}
         return cls(**{name: v for name, v in arguments.items() if v is not None or name == "max_tokens"})
 
@@ -268,6 +269,18 @@ _BOOLS = (
 )
 # __post_init__ gets the InitVars in this order
 _ABSENT_IN_ORDER = tuple(name for name in SamplingParams.__init__.__annotations__ if name in _ABSENT)
+
+
+def check_shared(values: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of all rows of a job. ValueError where they are wrong by themselves, in a row's words.
+
+    What a row or the model may add is not held against them: min_tokens alone may be above the default of max_tokens.
+    """
+    try:
+        given = json.loads(json.dumps(dict(values)))
+        return SamplingParams.from_optional(**{"max_tokens": None, **given})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray.util.placement_group import (
 
 from shoal.driver.log import LOGGER
 
+RANK_CPUS = 0.01  # ranks wait for the GPU, or use the cores that the node has
 IMPOSSIBLE_S = 10.0  # how long what no node could hold is waited for: a node may just be joining
 _REMIND_S = 10.0
 _OWNED = "shoal-driver-"  # and the driver's actor id: name of its placement groups
@@ -61,6 +63,52 @@ def reserve(
         remove_placement_group(group)
         raise
     return group
+
+
+def wait_for_cpus(
+    who: str,
+    parts: Sequence[tuple[str, Sequence[float]]],
+    timeout_s: float,
+    wait_for_nodes: bool,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Waits until the CPUs are free that `who` needs at once, or until `stopped`. Holds none of them afterwards.
+
+    `parts`: (for what, the CPUs of each of its tasks or actors). PlacementError, which says what is missing, after
+    `timeout_s` seconds; at once where the cluster has not so many in all, unless `wait_for_nodes`.
+    """
+    bundles = [cpus for _, part in parts for cpus in part]
+    needed = sum(bundles) - 1e-6  # sums of hundredths
+    if _cpus(ray.available_resources()) >= needed:
+        return
+    if _cpus(ray.cluster_resources()) < needed and not wait_for_nodes:
+        raise PlacementError(f"{_short_of_cpus(who, parts)}. Add nodes or CPUs")
+    began = time.monotonic()
+    LOGGER.warning("waiting for CPUs: %s", _short_of_cpus(who, parts))
+    group = placement_group([{"CPU": cpus} for cpus in bundles], strategy="PACK")  # asked for: a cluster may grow then
+    try:
+        while not group.wait(0.5):
+            if stopped():
+                return
+            waited = time.monotonic() - began
+            if waited > timeout_s:
+                raise PlacementError(
+                    f"{_short_of_cpus(who, parts)}, after {waited:.0f} s of waiting. Free CPUs, add nodes, or raise "
+                    "placement_timeout_s"
+                )
+    finally:
+        remove_placement_group(group)
+
+
+def _short_of_cpus(who: str, parts: Sequence[tuple[str, Sequence[float]]]) -> str:
+    needed = sum(sum(part) for _, part in parts)
+    listed = ", ".join(f"{sum(part):g} {what}" for what, part in parts)
+    free, total = _cpus(ray.available_resources()), _cpus(ray.cluster_resources())
+    return f"{who} needs {needed:g} CPUs: {listed}; the Ray cluster has {total:g} in all, {free:g} of them free"
+
+
+def _cpus(resources: dict[str, float]) -> float:
+    return float(resources.get("CPU", 0.0))
 
 
 def remove_orphans() -> None:

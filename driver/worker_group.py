@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from shoal.driver.config import EngineConfig
 from shoal.driver.log import LOGGER
-from shoal.driver.placement import reserve
+from shoal.driver.placement import RANK_CPUS, reserve
 from shoal.workers.actor import ERROR, RemoteWorker
 from shoal.workers.host import kill_processes
 
@@ -167,7 +167,7 @@ class WorkerGroup:
 
     def __init__(self, config: EngineConfig, device: str, env: dict[str, str], node_id: str | None = None) -> None:
         """`node_id`: the one node that may have all ranks."""
-        rank_needs = {"CPU": 0.01} | ({"GPU": 1} if device == "cuda" else {})
+        rank_needs = {"CPU": RANK_CPUS} | ({"GPU": 1} if device == "cuda" else {})
         self.stage_size, self.num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
         self.world_size = self.stage_size * self.num_stages
         self.device = device

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import secrets
 import sys
 import tempfile
+import threading
 import zlib
 
 # Before anything imports ray: its token authentication turns on once a token file exists anywhere it looks.
@@ -325,3 +327,26 @@ def ray_cluster():
     engine._inherited_env.update(engine.environment())  # as where an engine starts Ray: its processes start sooner
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def held_cpus(ray_cluster):
+    """`with held_cpus(1.7):` an actor holds so many CPUs meanwhile; with `seconds=3`, for so long and no longer."""
+    import ray
+
+    class Holder:
+        def ready(self):
+            pass
+
+    @contextlib.contextmanager
+    def hold(cpus, seconds=None):
+        holder = ray.remote(num_cpus=cpus)(Holder).remote()
+        ray.get(holder.ready.remote(), timeout=60)
+        timer = threading.Timer(seconds or 0, ray.kill, [holder])
+        if seconds is not None:
+            timer.start()
+        yield
+        timer.cancel()
+        ray.kill(holder)
+
+    return hold

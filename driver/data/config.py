@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shoal.driver.config import EngineConfig, make_config
+from shoal.driver.jobs.config import check_useful
+from shoal.driver.params import check_shared
 
 _OPEN_FACTOR = 16  # rows in blocks for one slot: the slowest row of a block is many times as long as the mean one
 _BLOCKS_OF_SLOTS = 4  # blocks that make a full batch
@@ -69,6 +71,17 @@ class ProcessorConfig(BaseModel):
         """Token ids are in the output."""
         return True
 
+    @field_validator("engine")
+    @classmethod
+    def _useful(cls, engine: EngineConfig) -> EngineConfig:
+        return check_useful(engine)
+
+    @field_validator("sampling_params")
+    @classmethod
+    def _usable(cls, values: dict[str, Any]) -> dict[str, Any]:
+        check_shared(values)
+        return values
+
     @model_validator(mode="after")
     def _named(self) -> ProcessorConfig:
         for name in ("prompt_column", "messages_column", "sampling_column", "error_column"):
@@ -99,5 +112,10 @@ def make_processor_config(config: ProcessorConfig | Mapping[str, Any]) -> Proces
     try:
         return ProcessorConfig(**data)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
+        said = "; ".join(map(_say, error.errors()))
         raise ValueError(f"invalid processor config: {said}") from None
+
+
+def _say(error: Any) -> str:
+    where, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

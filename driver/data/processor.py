@@ -12,7 +12,7 @@ from shoal.driver.data.stages import RowFunction, new_name, postprocess, prepare
 from shoal.driver.engine import connect, environment
 from shoal.driver.jobs.model import RowModel
 from shoal.driver.local_files import read_template
-from shoal.driver.placement import PlacementError
+from shoal.driver.placement import RANK_CPUS, wait_for_cpus
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -38,6 +38,7 @@ def build_processor(
     """
     checked = make_processor_config(config)
     model = RowModel.find(checked.engine)
+    model.check(checked.sampling_params)
     connect(checked.engine.address)  # before a Dataset is made, which would start or join a Ray by its own rule
     return _Processor(checked, model, preprocess, postprocess)
 
@@ -56,7 +57,7 @@ class _Processor:
         from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
         config = self._config
-        self._check_cpus()
+        self._wait_for_cpus()
         name, text = new_name(), config.prompt_template
         if text is not None:
             text = read_template("prompt_template", text, config.engine.allowed_local_path)
@@ -107,15 +108,15 @@ class _Processor:
             _BIG_SLOTS if ray.cluster_resources().get("GPU") and self._config.engine.device != "cpu" else _SMALL_SLOTS
         )
 
-    def _check_cpus(self) -> None:
-        import ray
-
-        config = self._config
-        engines = config.replicas * (_ENGINE_CPUS + 0.01 * config.engine.tensor_parallel_size)
-        needed = _TASK_CPUS + engines
-        total = ray.cluster_resources().get("CPU", 0.0)
-        if total < needed:
-            raise PlacementError(
-                f"the pipeline needs {needed:g} CPUs: {_TASK_CPUS:g} to read and to tokenize, {engines:g} for "
-                f"{config.replicas} engine(s) (replicas); the Ray cluster has {total:g}"
-            )
+    def _wait_for_cpus(self) -> None:
+        config, engine = self._config, self._config.engine
+        each = _ENGINE_CPUS + RANK_CPUS * engine.tensor_parallel_size * engine.pipeline_parallel_size
+        wait_for_cpus(
+            "the pipeline",
+            [
+                ("to read and to tokenize", [_TASK_CPUS]),
+                (f"for {config.replicas} engine(s) (replicas)", [each] * config.replicas),
+            ],
+            engine.placement_timeout_s,
+            engine.wait_for_nodes,
+        )

@@ -9,10 +9,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shoal.driver.config import Count, EngineConfig, check_count, got, make_config
+from shoal.driver.params import check_shared
 from shoal.driver.secrecy import GIVE_TOKEN
 
 MIB = 1 << 20
 _SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
+# Engine arguments that do nothing where rows come from a table, and what to do instead. Refused, never ignored.
+USELESS = {
+    "max_solo_deaths": "rows are put aside by solo_deaths, of the job or the processor; give that",
+    "enable_sleep_mode": "nobody can call sleep() here; an engine gives everything back when its rows are done",
+    "scheduling_policy": "rows have no priority here: leave it at 'fcfs', and put the rows that matter first",
+}
 
 
 class JobConfig(BaseModel):
@@ -102,6 +109,17 @@ class JobConfig(BaseModel):
     def _count(cls, value: Any) -> Any:
         return check_count(value)
 
+    @field_validator("engine")
+    @classmethod
+    def _useful(cls, engine: EngineConfig) -> EngineConfig:
+        return check_useful(engine)
+
+    @field_validator("sampling_params")
+    @classmethod
+    def _usable(cls, values: dict[str, Any]) -> dict[str, Any]:
+        check_shared(values)
+        return values
+
     @field_validator("input", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -150,6 +168,15 @@ class JobConfig(BaseModel):
         return int(self.max_errors)
 
 
+def check_useful(engine: EngineConfig) -> EngineConfig:
+    """`engine` as it is. ValueError for arguments of USELESS that were to change something."""
+    for name, instead in USELESS.items():
+        value, default = getattr(engine, name), EngineConfig.model_fields[name].default
+        if value != default or (name == "max_solo_deaths" and name in engine.model_fields_set):
+            raise ValueError(f"{name}={value!r} has no effect: {instead}")
+    return engine
+
+
 def suffix(address: str) -> str | None:
     """The format that an address's ending names, a compression's ending left out."""
     base = address.rstrip("/").rsplit("/", 1)[-1]
@@ -195,4 +222,5 @@ def load_job(path: str, changes: dict[str, Any]) -> JobConfig:
 def _say(error: Any) -> str:
     where = ".".join(map(str, error["loc"]))
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}{got(error)}" if where else message
+    given = "" if error["loc"] == ("engine",) else got(error)  # not all of its fields
+    return f"{where}: {message}{given}" if where else message

@@ -28,7 +28,7 @@ from shoal.driver.jobs.model import MakeModel, ModelTools, RowModel
 from shoal.driver.jobs.outcome import Exit, JobError, Status
 from shoal.driver.jobs.own_files import job_inputs, make_folders, refuse_inputs
 from shoal.driver.jobs.parts import Parts
-from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables
+from shoal.driver.jobs.pipeline import Recipe, import_library, prepared_tables, wait_for_room
 from shoal.driver.jobs.prefix import Position, versions
 from shoal.driver.jobs.publish import GaveUpError, Publisher, plan_output
 from shoal.driver.jobs.report.write import write_report
@@ -42,6 +42,7 @@ from shoal.driver.jobs.stop import StopRequest
 from shoal.driver.jobs.telemetry import JobTelemetry
 from shoal.driver.local_files import read_template
 from shoal.driver.log import LOGGER, set_up_logging
+from shoal.driver.placement import PlacementError
 from shoal.driver.secrecy import masked
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Job:
         if not config.fresh and self._store.get(JOB_FILE) is not None:
             held_ray.begin()  # whoever resumes waits for rows, and whatever else there is to do takes as long
         self._model = make_model(config.engine)
+        self._model.check(config.sampling_params)
         self._identity = job_identity(config, self._form_name, self._files, self._model.resolved)
         self._keys = RowKeys(salt(self._identity))
         self._accounts, self._samples = Accounts(), Samples()
@@ -252,6 +254,7 @@ class Job:
                 len(recovered.done),
                 unread,
             )
+        self._wait_for_room()
         tools: Future[ModelTools] = Future()
         if not config.engine.disable_log_stats:
             self._telemetry = JobTelemetry(masked(config.output), masked(config.engine.model), self._accounts)
@@ -280,7 +283,8 @@ class Job:
         self._runner = Runner(config, intake, tools, self._committer, self._accounts, self._samples, self._stop, hooks)
         known = self._accounts.total_rows
         try:
-            if known is not None and known - self._num_faults > len(recovered.done):
+            needy = known is not None and known - self._num_faults > len(recovered.done)
+            if needy and not self._stop.asked:
                 self._runner.start_engines()  # there is work for them, however far in the input
             self._runner.run()
         finally:
@@ -288,6 +292,12 @@ class Job:
             self._held_ray.end()
         self._committer.sync(force=True)
         return not self._stop.asked
+
+    def _wait_for_room(self) -> None:
+        try:
+            wait_for_room(self._config, lambda: self._stop.asked)
+        except PlacementError as lack:
+            raise JobError(Exit.FAILED, str(lack)) from None
 
     def _make_tools(self, resolved: ResolvedConfig) -> ModelTools:
         tools = self._model.tools(resolved.max_model_len)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,16 @@ from shoal.driver.chat import load_chat_template
 from shoal.driver.client import Client
 from shoal.driver.config import EngineConfig
 from shoal.driver.inputs import InputProcessor
-from shoal.driver.params import SamplingParams
+from shoal.driver.params import SamplingParams, check_shared
 from shoal.driver.resolve import check_model_len
 
 if TYPE_CHECKING:
     from shoal.driver.detokenize import TextDecoder
     from shoal.driver.model_config import ResolvedModel
     from shoal.driver.replica import EngineLike, Place, StartEngine
+
+# Sampling parameters that a Binder compares with the model.
+_OF_MODEL = {"logit_bias", "allowed_token_ids", "stop_token_ids", "logprobs", "prompt_logprobs", "stop", "bad_words"}
 
 
 @dataclass(slots=True)
@@ -59,6 +62,14 @@ class RowModel:
             return Engine.start(config, lambda: model, False, place, silence_s)
 
         return start
+
+    def check(self, sampling_params: Mapping[str, Any]) -> None:
+        """ValueError where parameters of all rows ask for what this model or its tokenizer does not have."""
+        if not _OF_MODEL.isdisjoint(sampling_params):  # else nothing is to be looked up: tools cost time
+            try:
+                self.tools().binder.bind(check_shared(sampling_params))
+            except ValueError as error:
+                raise ValueError(f"sampling_params: {error}") from None
 
     def portable(self) -> RowModel:
         """The same for processes elsewhere that only prepare rows: templates as text, nothing secret, no code."""

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +26,7 @@ from shoal.driver.jobs.prefix import Position
 from shoal.driver.jobs.prepare import Ready, RowPreparer, one_thread
 from shoal.driver.jobs.scan import RowReader
 from shoal.driver.jobs.sources.registry import BEGINNING, Start, read_rows
-from shoal.driver.placement import PlacementError
+from shoal.driver.placement import RANK_CPUS, wait_for_cpus
 
 READ_CPUS, PREPARE_CPUS = 0.25, 0.5
 _BLOCK_BYTES = 1 << 20  # small blocks: the first rows come soon, and little is under way; each costs milliseconds
@@ -67,13 +67,28 @@ def import_library() -> None:
     import ray.data  # noqa: F401
 
 
+def wait_for_room(config: JobConfig, stopped: Callable[[], bool]) -> None:
+    """Waits until the cluster has the CPUs free that one task of each kind and an engine take at once, or `stopped`.
+
+    PlacementError where it does not come to that: else the job would hold an engine, and no row would ever reach it.
+    """
+    engine = config.engine
+    ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    parts = [
+        ("to read", [READ_CPUS]),
+        ("to tokenize", [PREPARE_CPUS]),
+        (f"for an engine of {ranks} rank(s)", [RANK_CPUS] * ranks),
+    ]
+    wait_for_cpus("the job", parts, engine.placement_timeout_s, engine.wait_for_nodes, stopped)
+
+
 def prepared_tables(recipe: Recipe, warm: Sequence[Any] = ()) -> Generator[Any, None, None]:
     """ROWS tables, in the order of the input. Ends its tasks when it is closed. Ray must be initialised.
 
     `warm`: as `warm_up` returned it. Where reading begins inside the input, the first table is made here: engines of a
     job that goes on have work before the processes of its tasks are up.
     """
-    at_once = max(1, int(_check_cpus() / 2))
+    at_once = max(1, int(_num_cpus() / 2))
     for file in recipe.files:
         if "memory" in (file.filesystem.protocol, *file.filesystem.protocol):
             raise ValueError(f"input {file.name!r} is in the memory of this process, where tasks cannot read it")
@@ -212,13 +227,8 @@ class _Stage:
         return pack_rows(table, rows, ready)
 
 
-def _check_cpus() -> float:
+def _num_cpus() -> float:
     """The CPUs that there are."""
     import ray
 
-    total = float(ray.cluster_resources().get("CPU", 0.0))
-    if total < READ_CPUS + PREPARE_CPUS:
-        raise PlacementError(
-            f"reading and tokenizing need {READ_CPUS} + {PREPARE_CPUS} CPUs; the Ray cluster has {total:g} in all"
-        )
-    return total
+    return float(ray.cluster_resources().get("CPU", 0.0))

@@ -150,6 +150,15 @@ def test_what_cannot_be_placed_is_refused(build):
     assert_gone()
 
 
+def test_cpus_that_others_hold_are_waited_for(build, held_cpus):
+    """Ray Data would wait for them without a word, and without an end."""
+    with held_cpus(1.5), pytest.raises(RuntimeError, match=r"pipeline needs 1\.02 CPUs: .* has 2 in all, 0\.\d+ of"):
+        build(lambda row: {"prompt": "x"}, engine={"placement_timeout_s": 1})(prompts(4))
+    with held_cpus(1.5, seconds=3):
+        found = rows_of(build(lambda row: {"prompt": "x"})(prompts(4)))
+    assert [row["error"] for row in found] == [None] * 4
+
+
 def test_the_same_id_draws_the_same_tokens(build):
     processor = build(lambda row: {"prompt": "same", "id": f"row {row['n'] % 8}"}, batch_size=4)
     found = rows_of(processor(prompts(16)))

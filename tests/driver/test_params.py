@@ -239,3 +239,9 @@ def test_unpickling_needs_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_logit_bias_that_is_no_mapping_is_said_so():
+    """Of a row's JSON: an AttributeError would end the whole job."""
+    with pytest.raises(ValueError, match="logit_bias must be a dict of token id to number, but is of type list"):
+        SamplingParams.from_optional(logit_bias=[5])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from shoal.driver import placement
-from shoal.driver.placement import PlacementError, reserve
+from shoal.driver.placement import PlacementError, reserve, wait_for_cpus
 from shoal.driver.resolve import pick_device
 
 
@@ -114,3 +114,37 @@ def test_groups_of_dead_drivers_are_given_back(cluster, monkeypatch):
     monkeypatch.setattr(placement.ray._private.state, "actors", states.__getitem__)
     placement.remove_orphans()
     assert [group.id.hex() for group in cluster.removed] == ["aa" * 18]
+
+
+PARTS = [("to read", [0.25]), ("to tokenize", [0.5]), ("for 2 engines", [0.02, 0.02])]
+
+
+def test_cpus_that_are_free_are_not_asked_for(cluster):
+    wait_for_cpus("the job", PARTS, 30, wait_for_nodes=False)
+    assert cluster.asked is None
+
+
+def test_cpus_that_others_hold_are_waited_for(cluster, monkeypatch):
+    """CPUs of the whole cluster would be enough, and tasks would wait for them without a word, and without an end."""
+    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 0.3})
+    said = (
+        r"the job needs 0\.79 CPUs: 0\.25 to read, 0\.5 to tokenize, 0\.04 for 2 engines; "
+        r"the Ray cluster has 8 in all, 0\.3 of them free, after \d+ s of waiting"
+    )
+    with pytest.raises(PlacementError, match=said):
+        wait_for_cpus("the job", PARTS, 0.2, wait_for_nodes=False)
+    assert cluster.asked == ([{"CPU": 0.25}, {"CPU": 0.5}, {"CPU": 0.02}, {"CPU": 0.02}], "PACK")
+    assert len(cluster.removed) == 1
+    wait_for_cpus("the job", PARTS, 30, wait_for_nodes=False, stopped=lambda: True)
+    cluster.granted_after = 0.0
+    wait_for_cpus("the job", PARTS, 30, wait_for_nodes=False)
+    assert len(cluster.removed) == 3, "what was waited for is given back to those who need it"
+
+
+def test_cpus_that_the_cluster_lacks(cluster, monkeypatch):
+    many = [("for engines", [9.0])]
+    with pytest.raises(PlacementError, match="the job needs 9 CPUs: 9 for engines; the Ray cluster has 8 in all"):
+        wait_for_cpus("the job", many, 30, wait_for_nodes=False)
+    assert cluster.asked is None, "at once"
+    cluster.granted_after = 0.3
+    wait_for_cpus("the job", many, 30, wait_for_nodes=True)

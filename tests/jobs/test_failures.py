@@ -241,14 +241,28 @@ def test_what_cannot_be_placed_is_refused(run, write_rows, stub_model, tmp_path_
     (wide / "config.json").write_text(json.dumps(config | heads))
     started = time.monotonic()
     engine = {"model": str(wide), "tensor_parallel_size": 300, "device": "cpu", "placement_timeout_s": 8}
-    ran = run(write_rows(ROWS), engine=engine)  # longer than the job's own tasks need to start and end
+    ran = run(write_rows(ROWS), engine=engine)
     assert ran.code in (Exit.FAILED, Exit.USAGE)
     assert time.monotonic() - started < 30
     message = ran.status()["message"]
-    assert "CPU: 3 needed, 2 free of 2" in message, message
+    assert "3 for an engine of 300 rank(s); the Ray cluster has 2 in all" in message, message
     gpus = run(write_rows(ROWS), engine={"device": "cuda"}, fresh=True)
     assert gpus.code == Exit.USAGE
     assert "the Ray cluster has 0" in gpus.status()["message"]
+
+
+@pytest.mark.contract
+def test_cpus_that_others_hold_are_waited_for(run, write_rows, held_cpus):
+    """Clause 16: not with an engine that has its GPU and gets no row; and the job goes on once they are free."""
+    with held_cpus(1.7):
+        ran = run(write_rows(ROWS), engine={"placement_timeout_s": 2})
+    assert ran.code == Exit.FAILED
+    assert "the job needs 0.76 CPUs: 0.25 to read, 0.5 to tokenize, 0.01" in ran.status()["message"]
+    assert "the Ray cluster has 2 in all" in ran.status()["message"]
+    with held_cpus(1.7, seconds=3):
+        ran = run(write_rows(ROWS))
+    assert ran.code == Exit.COMPLETED
+    assert ids(ran.rows()) == ids(ROWS)
 
 
 @pytest.mark.contract

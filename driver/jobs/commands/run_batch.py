@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.driver.cli_options import add_engine_options, add_field_options, engine_arguments
 from shoal.driver.config import EngineConfig
-from shoal.driver.jobs.config import JobConfig, load_job, make_job
+from shoal.driver.jobs.config import USELESS, JobConfig, load_job, make_job
 from shoal.driver.jobs.model import MakeModel, RowModel
 from shoal.driver.torch_free import keep_torch_out
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="local folder, one .gguf file, or a hub id")
     group = parser.add_argument_group("job options", "what is not given keeps its default, or what the job file says")
     add_field_options(group, JobConfig, {"input", "output", "engine"}, JOB_DEST)
-    add_engine_options(parser)
+    add_engine_options(parser, hidden=USELESS)
 
 
 def job_config(args: argparse.Namespace) -> JobConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.driver.bench.floors import ITEM_BYTES
 from shoal.driver.cli_options import add_engine_options, add_field_options
 from shoal.driver.jobs.commands.run_batch import JOB_DEST, job_config, model_finder
-from shoal.driver.jobs.config import JobConfig
+from shoal.driver.jobs.config import USELESS, JobConfig
 from shoal.driver.jobs.outcome import Exit
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     group = parser.add_argument_group("job options", "as of `shoal run-batch`")
     add_field_options(group, JobConfig, {"input", "output", "engine"}, JOB_DEST)
-    add_engine_options(parser)
+    add_engine_options(parser, hidden=USELESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,6 +122,7 @@ def _look(config: JobConfig, find: MakeModel, most_tokenized: int, on_gpu: bool)
     form = make_form(name, config)
     files = with_columns(files, form.reads())
     model = find(config.engine)
+    model.check(config.sampling_params)
     spec, gguf = model.resolved.spec, model.resolved.load.load_format == "gguf"
     dtype = resolve_dtype(config.engine.dtype, spec, "cuda" if on_gpu else "cpu", gguf)
     keys = RowKeys(salt(job_identity(config, name, files, model.resolved)))

@@ -50,7 +50,7 @@ def no_tasks(monkeypatch):
             yield from map(stage.run, pipeline._read({"id": np.array([number])}, recipe.files, 1000, recipe.start))
 
     monkeypatch.setattr(pipeline, "_tables_of_tasks", tables)
-    monkeypatch.setattr(pipeline, "_check_cpus", lambda: 2.0)
+    monkeypatch.setattr(pipeline, "_num_cpus", lambda: 2.0)
 
 
 class Stages:

@@ -69,6 +69,16 @@ def test_refused_rows_are_named(plan):
     assert json.loads(out.out)["rows"]["refused_by_code"]["duplicate_id"] == 1
 
 
+def test_parameters_of_the_job_that_the_model_cannot_have(plan):
+    """No row could be answered: no row's error, but the job's, before anything starts."""
+    for sampling, said in (
+        ('{"logprobs": 50}', "sampling_params: Requested sample logprobs of 50, which is greater than max allowed: 20"),
+        ('{"stop_token_ids": [999999]}', "sampling_params: token_id(s) [999999] in stop_token_ids"),
+    ):
+        code, out = plan([{"prompt": "hello"}], "--sampling-params", sampling)
+        assert (code, said in out.err) == (2, True), out.err
+
+
 def test_rows_beyond_those_tokenized_are_taken_to_be_like_them(plan):
     lines = [{"id": f"r{i}", "prompt": "x" * (10 + i % 2)} for i in range(50)]
     found = numbers(plan(lines, "--json", "--rows", "10", "--output-tokens", "8"))
