@@ -91,6 +91,21 @@ def test_rounds(chaos, write_rows, load_job, tmp_path, seed):
     story(seed, chaos, ran, wall, rows, made)
 
 
+@pytest.mark.parametrize("seed", [301, 302])
+def test_stages(chaos, write_rows, seed):
+    """Tasks of Ray Data die while they read rows and make them ready: the input is too large to be read ahead."""
+    rows = [row | {"note": "x" * 6000} for row in make_rows(16_000, [])]
+    chaos = chaos(random.Random(seed))
+    started = time.monotonic()
+    fields = {"max_restarts": 40, "engine": {"max_num_seqs": 256}, "env": {"SHOAL_STUB_STEP_S": "0.02"}}
+    ran = chaos.run(write_rows(rows), 12, len(rows), kinds=("stage",), **fields)
+    wall = time.monotonic() - started
+    check(ran, rows, [])
+    assert len(chaos.kills) >= 6, "tasks had ended before"
+    assert chaos.runs == 1
+    story(seed, chaos, ran, wall, rows)
+
+
 @pytest.mark.parametrize("seed", [101, 102, 103])
 def test_full_size(chaos, write_rows, tmp_path, seed):
     """Clause 1 at its full size: 10,000 rows, a dozen kills, four rows that kill."""
