@@ -104,6 +104,16 @@ def test_engines_die_and_no_row_is_lost_or_twice(build):
     assert_gone()
 
 
+def test_two_engines_of_two_ranks_fit_two_cpus(build):
+    """With the pipeline's own tasks: ranks and actors take hundredths."""
+    assert ray.cluster_resources()["CPU"] == 2
+    processor = build(lambda row: {"prompt": "x"}, replicas=2, batch_size=8, engine={"tensor_parallel_size": 2})
+    found = rows_of(processor(prompts(60)))
+    assert [row["n"] for row in found] == list(range(60))
+    assert not any(row["error"] for row in found)
+    assert_gone()
+
+
 def test_rows_are_made_ready_and_cut_into_blocks_in_the_same_tasks(build):
     """In tasks of their own, blocks were cut too late for the first rows: 80% of the slots were full, not 97%."""
     done = build(lambda row: {"prompt": "x"}, batch_size=8)(prompts(64)).materialize()
