@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shoal.driver.config import EngineConfig, make_config
-from shoal.driver.jobs.config import check_useful
-from shoal.driver.params import check_shared
+from shoal.driver.config import make_config
+from shoal.driver.jobs.config import SharedParams, TableEngine
 
 _OPEN_FACTOR = 16  # rows in blocks for one slot: the slowest row of a block is many times as long as the mean one
 _BLOCKS_OF_SLOTS = 4  # blocks that make a full batch
@@ -22,7 +21,7 @@ class ProcessorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
-    engine: EngineConfig
+    engine: TableEngine
     """Engine arguments, as in LLM(...): a mapping, or a ready EngineConfig."""
 
     prompt_column: str = "prompt"
@@ -40,7 +39,7 @@ class ProcessorConfig(BaseModel):
     """Put prompts into the model's chat template, as the one message of a user."""
     error_column: str = "error"
     """Column that says why a row has no answer; null where it has one."""
-    sampling_params: dict[str, Any] = Field(default_factory=dict)
+    sampling_params: SharedParams = Field(default_factory=dict)
     """Sampling parameters of every row, over the model's generation_config."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra variables of the chat template."""
@@ -70,17 +69,6 @@ class ProcessorConfig(BaseModel):
     def token_ids(self) -> bool:
         """Token ids are in the output."""
         return True
-
-    @field_validator("engine")
-    @classmethod
-    def _useful(cls, engine: EngineConfig) -> EngineConfig:
-        return check_useful(engine)
-
-    @field_validator("sampling_params")
-    @classmethod
-    def _usable(cls, values: dict[str, Any]) -> dict[str, Any]:
-        check_shared(values)
-        return values
 
     @model_validator(mode="after")
     def _named(self) -> ProcessorConfig:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shoal.driver.config import Count, EngineConfig, check_count, got, make_config
 from shoal.driver.params import check_shared
@@ -22,6 +22,24 @@ USELESS = {
 }
 
 
+def _useful(engine: EngineConfig) -> EngineConfig:
+    for name, instead in USELESS.items():
+        value, default = getattr(engine, name), EngineConfig.model_fields[name].default
+        if value != default or (name == "max_solo_deaths" and name in engine.model_fields_set):
+            raise ValueError(f"{name}={value!r} has no effect: {instead}")
+    return engine
+
+
+def _usable(values: dict[str, Any]) -> dict[str, Any]:
+    check_shared(values)
+    return values
+
+
+# Fields of whatever answers a table: an engine without arguments of USELESS, and parameters of all rows.
+TableEngine = Annotated[EngineConfig, AfterValidator(_useful)]
+SharedParams = Annotated[dict[str, Any], AfterValidator(_usable)]
+
+
 class JobConfig(BaseModel):
     """One batch job. None means: found out from the input, the output or the model."""
 
@@ -31,7 +49,7 @@ class JobConfig(BaseModel):
     """Files, folders or globs: local paths, or any address that fsspec or pyarrow opens (s3://, gs://, hf://, ...)."""
     output: str
     """NAME.jsonl or NAME.parquet: one file, published at the end. NAME/: a folder, published in parts."""
-    engine: EngineConfig
+    engine: TableEngine
     """Engine arguments, as in LLM(...); `model` is one of them."""
 
     input_format: Literal["auto", "jsonl", "parquet", "csv"] = "auto"
@@ -63,7 +81,7 @@ class JobConfig(BaseModel):
     """Columns of the input that the output keeps. None: all."""
     token_ids: bool = False
     """Write prompt and output token ids too."""
-    sampling_params: dict[str, Any] = Field(default_factory=dict)
+    sampling_params: SharedParams = Field(default_factory=dict)
     """Sampling parameters of every row, over the model's generation_config."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra variables of the chat template."""
@@ -108,17 +126,6 @@ class JobConfig(BaseModel):
     @classmethod
     def _count(cls, value: Any) -> Any:
         return check_count(value)
-
-    @field_validator("engine")
-    @classmethod
-    def _useful(cls, engine: EngineConfig) -> EngineConfig:
-        return check_useful(engine)
-
-    @field_validator("sampling_params")
-    @classmethod
-    def _usable(cls, values: dict[str, Any]) -> dict[str, Any]:
-        check_shared(values)
-        return values
 
     @field_validator("input", mode="before")
     @classmethod
@@ -166,15 +173,6 @@ class JobConfig(BaseModel):
         if self.max_errors.endswith("%"):
             return float(self.max_errors.rstrip("% ")) / 100 * num_rows
         return int(self.max_errors)
-
-
-def check_useful(engine: EngineConfig) -> EngineConfig:
-    """`engine` as it is. ValueError for arguments of USELESS that were to change something."""
-    for name, instead in USELESS.items():
-        value, default = getattr(engine, name), EngineConfig.model_fields[name].default
-        if value != default or (name == "max_solo_deaths" and name in engine.model_fields_set):
-            raise ValueError(f"{name}={value!r} has no effect: {instead}")
-    return engine
 
 
 def suffix(address: str) -> str | None:
