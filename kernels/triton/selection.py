@@ -131,30 +131,22 @@ def tile_maxima_kernel(
 
 @triton.jit
 def bounds_kernel(
-    maxima_ptr, log_min_p_ptr, top_k_ptr, best_ptr, floor_ptr, bound_ptr, count_ptr,
-    vocab, num_tiles, k, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The best score, the floor and the collecting bound of each row, [n] each; -inf where all are collected or none.
-
-    top_k_ptr None: k for every row.
-    """
+    maxima_ptr, log_min_p_ptr, floor_ptr, bound_ptr, count_ptr, vocab, num_tiles, k, BLOCK: tl.constexpr
+):
+    """The floor and the collecting bound of each row, [n] each; -inf where all are collected or none."""
     row = tl.program_id(0).to(tl.int64)
     maxima = maxima_ptr + row * num_tiles
-    tops = tl.full([BLOCK], -_INF, tl.float32)
-    for start in range(0, num_tiles, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        tops = tl.maximum(tops, tl.load(maxima + offs, mask=offs < num_tiles, other=-_INF))
-    best = tl.max(tops, 0)
     floor = -_INF
     if log_min_p_ptr is not None:
-        floor = best + tl.load(log_min_p_ptr + row)
+        tops = tl.full([BLOCK], -_INF, tl.float32)
+        for start in range(0, num_tiles, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            tops = tl.maximum(tops, tl.load(maxima + offs, mask=offs < num_tiles, other=-_INF))
+        floor = tl.max(tops, 0) + tl.load(log_min_p_ptr + row)
     bound = -_INF
-    if top_k_ptr is not None:
-        k = tl.load(top_k_ptr + row).to(tl.int32)
     if k < vocab:
         if k <= num_tiles:
             bound, _ = kth(maxima, maxima, num_tiles, 1.0, -_INF, k, num_tiles, True, BLOCK)
-    tl.store(best_ptr + row, best)
     tl.store(floor_ptr + row, floor)
     tl.store(bound_ptr + row, tl.maximum(bound, floor))
     tl.store(count_ptr + row, 0)
@@ -191,8 +183,6 @@ def collect_kernel(
 class Selection:
     """What the first three steps found, of n rows."""
 
-    maxima: torch.Tensor  # float32 [n, tiles]
-    best: torch.Tensor  # float32 [n]
     floor: torch.Tensor  # float32 [n], -inf: none
     bound: torch.Tensor  # float32 [n]; -inf: nothing was collected
     count: torch.Tensor  # int32 [n], ids that reach the bound
@@ -204,9 +194,9 @@ def select(
     logits: torch.Tensor,
     temperature: torch.Tensor | None,
     log_min_p: torch.Tensor | None,
-    top_k: torch.Tensor | int,
+    k: int,
 ) -> Selection:
-    """Steps 1 to 3. logits [n, vocab], n above 0; temperature None: 1."""
+    """Steps 1 to 3 for the best k ids. logits [n, vocab], n above 0; temperature None: 1."""
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     tiles, chunks = triton.cdiv(vocab, TILE), triton.cdiv(vocab, _CHUNK)
@@ -214,40 +204,35 @@ def select(
     def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    best, floor, bound = (empty(torch.float32, rows) for _ in range(3))
+    maxima = empty(torch.float32, rows, tiles)
     found = Selection(
-        maxima=empty(torch.float32, rows, tiles),
-        best=best,
-        floor=floor,
-        bound=bound,
+        floor=empty(torch.float32, rows),
+        bound=empty(torch.float32, rows),
         count=empty(torch.int32, rows),
         scores=empty(torch.float32, rows, CAPACITY),
         ids=empty(torch.int32, rows, CAPACITY),
     )
     stride = logits.stride(0)
     tile_maxima_kernel[(rows, chunks)](
-        logits, temperature, found.maxima, vocab, stride, tiles, CHUNK=_CHUNK, TILE=TILE, num_warps=8
+        logits, temperature, maxima, vocab, stride, tiles, CHUNK=_CHUNK, TILE=TILE, num_warps=8
     )
-    by_row = isinstance(top_k, torch.Tensor)
     bounds_kernel[(rows,)](
-        found.maxima,
+        maxima,
         log_min_p,
-        top_k if by_row else None,
-        best,
-        floor,
-        bound,
+        found.floor,
+        found.bound,
         found.count,
         vocab,
         tiles,
-        0 if by_row else top_k,
+        k,
         BLOCK=min(8192, max(32, triton.next_power_of_2(tiles))),
         num_warps=8,
     )
     collect_kernel[(rows, chunks)](
         logits,
         temperature,
-        found.maxima,
-        bound,
+        maxima,
+        found.bound,
         found.count,
         found.scores,
         found.ids,
