@@ -1,9 +1,11 @@
 """Paged attention of rows with one query token each (decode): one launch, equal work for every program.
 
-The contexts of all rows are cut into tiles; program group g takes tiles [g * share, (g + 1) * share) of that list, one
+The contexts of all rows are cut into tiles; program group g takes units [g * share, (g + 1) * share) of that list, one
 program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few long
-rows is split without being told: lengths are read on the GPU only. Where a group's share begins or ends inside a row,
-the parts meet in memory, and the last program to arrive there adds them up, in the groups' order.
+rows is split without being told: lengths are read on the GPU only. A unit is a tile, or a part of the time in which a
+row's first tile is waited for: OPENING units for that come before the tiles of each row, but where all rows are equally
+long, since then shares without them may begin and end where rows do. Where a share begins or ends inside a row, the
+parts meet in memory, and the last program to arrive there adds them up, in the groups' order.
 
 Where FUSED, the queries are rows of the merged projection, not yet normalized and rotated, and each row's newest key
 and value are there too. Every part of a row makes its queries itself; the part with the row's end also makes the key,
@@ -33,32 +35,42 @@ def _count_tiles(row, num_rows, starts_ptr, seq_lens_ptr, TILE: tl.constexpr, MI
 
 
 @triton.jit
+def _row_of(unit, rows, ends, num_rows):
+    """The row that holds this unit and that row's first one, as row << 32 | first, so far as these rows go."""
+    passed = (ends <= unit) & (rows < num_rows)
+    return tl.max(tl.where(passed, (rows + 1).to(tl.int64) << 32 | ends.to(tl.int64), 0), 0)
+
+
+@triton.jit
 def _find_share(
-    group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE: tl.constexpr, ROWS: tl.constexpr,
-    MIXED: tl.constexpr,
+    group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE: tl.constexpr, OPENING: tl.constexpr,
+    ROWS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a share; those of this group [begin, end); the row that holds `begin`, and that row's own first tile;
-    how many rows have no tiles."""
+    """Units of a share; those of this group [begin, end); the row that holds `begin`, and that row's own first unit;
+    units before a row's tiles; how many rows have no tiles."""
     lanes = tl.arange(0, ROWS)
-    num_tiles = 0
-    for chunk in range(0, num_rows, ROWS):
-        num_tiles += tl.sum(_count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED), 0)
-    share = tl.maximum(tl.cdiv(num_tiles, num_groups), min_share)
+    tiles = _count_tiles(lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
+    num_tiles = tl.sum(tiles, 0)
+    longest = tl.max(tiles, 0)
+    full = tl.sum((tiles > 0).to(tl.int32), 0)
+    for chunk in range(ROWS, num_rows, ROWS):
+        more = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
+        num_tiles += tl.sum(more, 0)
+        longest = tl.maximum(longest, tl.max(more, 0))
+        full += tl.sum((more > 0).to(tl.int32), 0)
+    opening = tl.where(num_tiles == full * longest, 0, OPENING)
+    num_units = num_tiles + full * opening
+    share = tl.maximum(tl.cdiv(num_units, num_groups), min_share)
     begin = group * share
-    end = tl.minimum(begin + share, num_tiles)
-    row = 0
-    row_begin = 0
-    before = 0
-    empty = 0
-    for chunk in range(0, num_rows, ROWS):
-        tiles = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
-        ends = before + tl.cumsum(tiles, 0)
-        passed = (ends <= begin) & (chunk + lanes < num_rows)
-        row += tl.sum(passed.to(tl.int32), 0)
-        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
-        before += tl.sum(tiles, 0)
-        empty += tl.sum(((tiles == 0) & (chunk + lanes < num_rows)).to(tl.int32), 0)
-    return share, begin, end, row, row_begin, empty
+    ends = tl.cumsum(tl.where(tiles > 0, tiles + opening, 0), 0)
+    found = _row_of(begin, lanes, ends, num_rows)
+    for chunk in range(ROWS, num_rows, ROWS):
+        before = tl.max(ends, 0)
+        more = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
+        ends = before + tl.cumsum(tl.where(more > 0, more + opening, 0), 0)
+        found = tl.maximum(found, _row_of(begin, chunk + lanes, ends, num_rows))
+    row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
+    return share, begin, tl.minimum(begin + share, num_units), row, row_begin, opening, num_rows - full
 
 
 @triton.jit
@@ -80,14 +92,16 @@ def _prefetch_cache(
 
 @triton.jit
 def _attend(
-    query, acc, total, best, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride, token_stride,
-    BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    query, acc, total, best, block, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride,
+    token_stride, BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds positions [first, last) of one row to: the weighted sum of values, the weights' sum, the best score."""
+    """Adds positions [first, last) of one row to: the weighted sum of values, the weights' sum, the best score.
+
+    Block ids, the first ones by the caller, are loaded a tile ahead: loads of keys and values then wait for nothing.
+    """
     offs = tl.arange(0, TILE)
     dims = tl.arange(0, HEAD_PAD)
-    # Block ids are loaded a tile ahead: the loads of keys and values then wait for nothing.
-    block = load_blocks(table, first, last, BLOCK_SIZE, TILE)
     for tile in range(first, last, TILE):
         valid = offs < last - tile
         mask = valid[:, None] & (dims < HEAD)[None, :]
@@ -149,9 +163,9 @@ def decode_kernel(
     scale_log2, num_rows, min_share, query_stride, query_head_stride, block_stride, token_stride, head_stride,
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    TILE: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    TILE: tl.constexpr, OPENING: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
+    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
@@ -159,14 +173,15 @@ def decode_kernel(
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
     mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
-    share, begin, end, row, row_begin, empty = _find_share(
-        group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, ROWS, MIXED
+    share, begin, end, row, row_begin, opening, empty = _find_share(
+        group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, OPENING, ROWS, MIXED
     )  # fmt: skip
     # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
     if DEPENDENT and AHEAD:
-        if begin < end:
-            first = (begin - row_begin) * TILE
-            last = tl.minimum((end - row_begin) * TILE, tl.load(seq_lens_ptr + row))
+        first = tl.maximum(begin - row_begin - opening, 0) * TILE
+        last = (end - row_begin - opening) * TILE
+        if (begin < end) & (first < last):
+            last = tl.minimum(last, tl.load(seq_lens_ptr + row))
             _prefetch_cache(
                 first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
                 kv_head.to(tl.int64) * head_stride, block_stride, token_stride,
@@ -188,19 +203,22 @@ def decode_kernel(
             token = tl.load(starts_ptr + row)
             if tl.load(starts_ptr + row + 1) != token + 1:
                 seq_len = 0
-        row_end = row_begin + tl.cdiv(seq_len, TILE)
+        num_tiles = tl.cdiv(seq_len, TILE)
+        row_tiles = row_begin + opening  # the unit of the first one
+        row_end = row_tiles + num_tiles
         if FUSED:
             next_len = tl.load(seq_lens_ptr + tl.minimum(row + 1, num_rows - 1))
             next_cos, next_sin = rotation(cos_sin_ptr, tl.maximum(next_len, 1) - 1, HEAD, HEAD_PAD)
-        if row_end > row_begin:
-            first = (tl.maximum(begin, row_begin) - row_begin) * TILE
-            last = tl.minimum((end - row_begin) * TILE, seq_len)
+        first = tl.maximum(begin - row_tiles, 0) * TILE
+        last = tl.minimum((end - row_tiles) * TILE, seq_len)
+        if first < last:
             token64 = tl.cast(token, tl.int64)
             table = tables_ptr + tl.cast(row, tl.int64) * table_stride
             kv_base = kv_head.to(tl.int64) * head_stride
             best = tl.full([GROUP_PAD], -1.0e30, tl.float32)
             total = tl.zeros([GROUP_PAD], tl.float32)
             acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+            block = load_blocks(table, first, last, BLOCK_SIZE, TILE)
             if FUSED:
                 # All loads before the first use: each would else be waited for alone.
                 qkv = query_ptr + token64 * query_stride
@@ -210,7 +228,7 @@ def decode_kernel(
                 key, key_partner = load_heads(key_at, newest.to(tl.int32), 1, HEAD, HEAD_PAD)
                 value_mask = newest & (dims < HEAD)[None, :]
                 value = tl.load(key_at + KV_HEADS * HEAD + dims[None, :], mask=value_mask, other=0.0)
-                block = tl.load(table + (seq_len - 1) // BLOCK_SIZE).to(tl.int64)
+                newest_block = tl.load(table + (seq_len - 1) // BLOCK_SIZE).to(tl.int64)
                 few = norm_rope(own, partner, *query_weight, cos, sin, eps, HEAD, NORM)
                 # Lanes of the product beyond the group's heads repeat them: they are computed anyhow.
                 query = tl.broadcast_to(few[None, :, :], [GROUP_PAD // HEADS, HEADS, HEAD_PAD])
@@ -218,7 +236,9 @@ def decode_kernel(
                 if newest:
                     last -= 1
                     key = norm_rope(key, key_partner, *key_weight, cos, sin, eps, HEAD, NORM)
-                    cache_at = kv_base + block * block_stride + (last % BLOCK_SIZE) * token_stride + dims[None, :]
+                    cache_at = (
+                        kv_base + newest_block * block_stride + (last % BLOCK_SIZE) * token_stride + dims[None, :]
+                    )
                     tl.store(key_ptr + cache_at, key, mask=value_mask)
                     tl.store(value_ptr + cache_at, value, mask=value_mask)
                     score = tl.sum(few.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
@@ -229,21 +249,21 @@ def decode_kernel(
                 q_at = token64 * query_stride + (kv_head * GROUP + heads)[:, None] * query_head_stride + dims[None, :]
                 query = tl.load(query_ptr + q_at, mask=mask, other=0.0)
             acc, total, best = _attend(
-                query, acc, total, best, first, last, table, key_ptr, value_ptr, kv_base, scale_log2, block_stride,
-                token_stride, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, PRECISION,
+                query, acc, total, best, block, first, last, table, key_ptr, value_ptr, kv_base, scale_log2,
+                block_stride, token_stride, BLOCK_SIZE, HEAD, HEAD_PAD, TILE, PRECISION,
             )  # fmt: skip
             result = acc / total[:, None]
             out_at = token64 * (KV_HEADS * GROUP * HEAD)
-            if (row_begin >= begin) & (row_end <= end):
+            if (row_tiles >= begin) & (row_end <= end):
                 at = out_at + (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
                 tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=mask)
             else:
-                slot = (group * 2 + (row_begin >= begin).to(tl.int32)) * KV_HEADS + kv_head
+                slot = (group * 2 + (row_tiles >= begin).to(tl.int32)) * KV_HEADS + kv_head
                 part = slot * GROUP + heads
                 tl.store(lse_ptr + part, best + tl.log2(total), mask=heads < GROUP)
                 tl.store(partial_ptr + part[:, None] * HEAD + dims[None, :], result, mask=mask)
                 tl.debug_barrier()  # every thread's part is written before the one thread counts it as arrived
-                first_group = row_begin // share
+                first_group = row_tiles // share
                 last_group = (row_end - 1) // share
                 counter = arrived_ptr + first_group * KV_HEADS + kv_head
                 if tl.atomic_add(counter, 1, sem="acq_rel") == last_group - first_group:
@@ -252,7 +272,8 @@ def decode_kernel(
                         partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
                         GROUP, HEAD, HEAD_PAD, HEADS, PARTS, KV_HEADS,
                     )  # fmt: skip
-        row_begin = row_end
+        if num_tiles > 0:
+            row_begin = row_end
         row += 1
         if FUSED:
             cos, sin = next_cos, next_sin

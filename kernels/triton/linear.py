@@ -41,6 +41,7 @@ class LinearConfig:
 # chain of a decode step (docs/performance.md). Larger weights take the library as long as reading them does.
 MOST_WEIGHTS = 8 << 20
 _LEAST_ADDED = 1024  # rows from which on the library adds the residual; below, the norm does while it waits for memory
+_MOST_MASKED = 64  # rows
 _MOST_PADDED = 128  # more rows only where they fill their tiles, but for products that are split
 LINEAR_RULES: Rules = (
     (16, LinearConfig(16, 32, 128, 1, 4, 6)),
@@ -84,7 +85,7 @@ def _load(pointers, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _load_rows(pointers, there, k, K: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr):
-    """Rows that are not there are not read: reading another one's place many times over costs more than the product."""
+    """Where they are FULL all rows are read; rows that are not there are masked otherwise."""
     if FULL:
         tile = _load(pointers, k, K, EVEN)
     elif EVEN:
@@ -92,6 +93,15 @@ def _load_rows(pointers, there, k, K: tl.constexpr, EVEN: tl.constexpr, FULL: tl
     else:
         tile = tl.load(pointers, mask=there & (k < K), other=0.0)
     return tile
+
+
+@triton.jit
+def _rows_at(x_ptr, rows, num_rows, x_stride, FULL: tl.constexpr):
+    """Where rows begin, [rows, 1]. Rows beyond the end are masked, or the first ones once more where they are FULL:
+    all in one row's place would be asked for many times over, which costs more than the product."""
+    if FULL:
+        rows = rows % num_rows
+    return x_ptr + rows.to(tl.int64)[:, None] * x_stride
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -109,8 +119,8 @@ def linear_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = first_n + tl.arange(0, BLOCK_N)
     offs = first_k + tl.arange(0, BLOCK_K)
-    # Rows and outputs beyond the end compute what the last one does, and store nothing.
-    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + offs[None, :]
+    # Outputs beyond the end compute what the last one does, and store nothing.
+    x_at = _rows_at(x_ptr, rows, num_rows, x_stride, FULL) + offs[None, :]
     there = (rows < num_rows)[:, None]
     w_at = weight_ptr + tl.minimum(outs, N - 1).to(tl.int64)[None, :] * K + offs[:, None]
     EVEN: tl.constexpr = SPAN * PARTS == K
@@ -141,7 +151,7 @@ def gated_linear_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = first_n + tl.arange(0, BLOCK_N)
     offs = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride + offs[None, :]
+    x_at = _rows_at(x_ptr, rows, num_rows, x_stride, FULL) + offs[None, :]
     there = (rows < num_rows)[:, None]
     w_at = weight_ptr + tl.minimum(outs, N - 1).to(tl.int64)[None, :] * K + offs[:, None]
     EVEN: tl.constexpr = K % BLOCK_K == 0
@@ -165,6 +175,11 @@ def rule(rules: Rules, x: torch.Tensor, weight: torch.Tensor, most_padded: int =
     config = next((config for rows, config in rules if x.shape[0] <= rows), None)
     padded = config is not None and x.shape[0] > most_padded and x.shape[0] % config.block_m
     return None if padded else config
+
+
+def _reads_full_tiles(num_rows: int, config: LinearConfig) -> bool:
+    """Whether a mask, which slows a tile down, is worth less than what it saves: reading rows for nothing."""
+    return num_rows % config.block_m == 0 or num_rows > _MOST_MASKED
 
 
 def _lines(span: int) -> int:
@@ -197,7 +212,7 @@ def linear_parts(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        FULL=num_rows % config.block_m == 0,
+        FULL=_reads_full_tiles(num_rows, config),
         num_warps=config.warps,
         num_stages=config.stages,
         **launch_options(x.device),
@@ -224,7 +239,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor, name: str, config: LinearConfig
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        FULL=num_rows % config.block_m == 0,
+        FULL=_reads_full_tiles(num_rows, config),
         num_warps=config.warps,
         num_stages=config.stages,
         **launch_options(x.device),

@@ -19,10 +19,12 @@ from shoal.kernels.triton.descriptors import describable, used_on
 
 _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
+_ROWS_LATE = 32  # the same for launches of _LATE_ROWS
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
 _PART_VALUES = 4096  # of cut rows, added up at once
 _AHEAD = 64  # positions whose keys and values a program asks for before it may begin
 _AHEAD_FUSED = 32
+_OPENING = 48  # positions that are read in the time in which a row's first ones are waited for
 _LATE_ROWS = range(2, 17)  # what follows starts after these: else it takes room and bandwidth at their beginning
 _MOST_COUNTERS = 1 << 14  # programs of a launch; today's GPUs hold a third of that
 _REGISTERS = 65536  # of a multiprocessor
@@ -214,6 +216,7 @@ def decode(
     groups = _programs(query.device, config.programs, shared) // kv_heads
     groups = max(1, min(groups, num_rows * -(-max_seq_len // (config.tile * least))))
     arrived = _counters(query.device)
+    late = newest is not None and num_rows in _LATE_ROWS
     assert groups * kv_heads <= arrived.numel()
     partial = torch.empty((groups, 2, num_heads, head_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((groups, 2, num_heads), dtype=torch.float32, device=query.device)
@@ -244,12 +247,13 @@ def decode(
         HEAD=head_dim,
         HEAD_PAD=head_pad,
         TILE=config.tile,
+        OPENING=max(1, _OPENING // config.tile),
         KV_HEADS=kv_heads,
-        ROWS=_ROWS,
+        ROWS=_ROWS_LATE if late else _ROWS,
         HEADS=heads_pad,
         PARTS=max(2, min(32, _PART_VALUES // (heads_pad * head_pad))),
         AHEAD=_AHEAD if newest is None else _AHEAD_FUSED,
-        LATE=newest is not None and num_rows in _LATE_ROWS,
+        LATE=late,
         MIXED=mixed,
         FUSED=newest is not None,
         PRECISION="ieee",

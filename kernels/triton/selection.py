@@ -130,9 +130,7 @@ def tile_maxima_kernel(
 
 
 @triton.jit
-def bounds_kernel(
-    maxima_ptr, log_min_p_ptr, floor_ptr, bound_ptr, count_ptr, vocab, num_tiles, k, BLOCK: tl.constexpr
-):
+def bounds_kernel(maxima_ptr, log_min_p_ptr, floor_ptr, bound_ptr, count_ptr, vocab, num_tiles, k, BLOCK: tl.constexpr):
     """The floor and the collecting bound of each row, [n] each; -inf where all are collected or none."""
     row = tl.program_id(0).to(tl.int64)
     maxima = maxima_ptr + row * num_tiles
