@@ -46,8 +46,8 @@ def _find_share(
     group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE: tl.constexpr, OPENING: tl.constexpr,
     ROWS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Units of a share; those of this group [begin, end); the row that holds `begin`, and that row's own first unit;
-    units before a row's tiles; how many rows have no tiles."""
+    """Units of a share, and how many of the first groups have one more; this group's units [begin, end); the row that
+    holds `begin`, and that row's own first unit; units before a row's tiles; how many rows have no tiles."""
     lanes = tl.arange(0, ROWS)
     tiles = _count_tiles(lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
     num_tiles = tl.sum(tiles, 0)
@@ -58,10 +58,18 @@ def _find_share(
         num_tiles += tl.sum(more, 0)
         longest = tl.maximum(longest, tl.max(more, 0))
         full += tl.sum((more > 0).to(tl.int32), 0)
-    opening = tl.where(num_tiles == full * longest, 0, OPENING)
+    equal = num_tiles == full * longest
+    opening = tl.where(equal, 0, OPENING)
     num_units = num_tiles + full * opening
-    share = tl.maximum(tl.cdiv(num_units, num_groups), min_share)
-    begin = group * share
+    used = tl.maximum(tl.minimum(num_groups, num_units // min_share), 1)
+    share = num_units // used
+    longer = num_units - share * used
+    whole = tl.maximum(tl.cdiv(num_units, used), 1)
+    if equal & ((longest % whole == 0) | (whole % tl.maximum(longest, 1) == 0)):
+        share = whole
+        longer = tl.cast(0, longer.dtype)
+    begin = group * share + tl.minimum(group, longer)
+    end = tl.minimum(begin + share + (group < longer).to(tl.int32), num_units)
     ends = tl.cumsum(tl.where(tiles > 0, tiles + opening, 0), 0)
     found = _row_of(begin, lanes, ends, num_rows)
     for chunk in range(ROWS, num_rows, ROWS):
@@ -70,7 +78,14 @@ def _find_share(
         ends = before + tl.cumsum(tl.where(more > 0, more + opening, 0), 0)
         found = tl.maximum(found, _row_of(begin, chunk + lanes, ends, num_rows))
     row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
-    return share, begin, tl.minimum(begin + share, num_units), row, row_begin, opening, num_rows - full
+    return share, longer, begin, end, row, row_begin, opening, num_rows - full
+
+
+@triton.jit
+def _group_of(unit, share, longer):
+    """The group whose share holds this unit."""
+    of_longer = longer * (share + 1)
+    return tl.where(unit < of_longer, unit // (share + 1), longer + (unit - of_longer) // share)
 
 
 @triton.jit
@@ -173,7 +188,7 @@ def decode_kernel(
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
     mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
-    share, begin, end, row, row_begin, opening, empty = _find_share(
+    share, longer, begin, end, row, row_begin, opening, empty = _find_share(
         group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, OPENING, ROWS, MIXED
     )  # fmt: skip
     # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
@@ -263,8 +278,8 @@ def decode_kernel(
                 tl.store(lse_ptr + part, best + tl.log2(total), mask=heads < GROUP)
                 tl.store(partial_ptr + part[:, None] * HEAD + dims[None, :], result, mask=mask)
                 tl.debug_barrier()  # every thread's part is written before the one thread counts it as arrived
-                first_group = row_tiles // share
-                last_group = (row_end - 1) // share
+                first_group = _group_of(row_tiles, share, longer)
+                last_group = _group_of(row_end - 1, share, longer)
                 counter = arrived_ptr + first_group * KV_HEADS + kv_head
                 if tl.atomic_add(counter, 1, sem="acq_rel") == last_group - first_group:
                     tl.store(counter, 0)  # as the next launch expects it
