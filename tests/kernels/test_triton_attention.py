@@ -126,10 +126,10 @@ def test_rows_cut_and_whole(lengths, device, dtype) -> None:
 
 
 @everywhere
-def test_any_tile_and_share(device, dtype) -> None:
-    """The same rows, cut at other places."""
+@pytest.mark.parametrize("lengths", [(1, 15, 16, 17, 130, 64, 7), (96, 96, 96)])
+def test_any_tile_and_share(lengths, device, dtype) -> None:
+    """The same rows, cut at other places; equally long ones between their tiles too."""
     skip_half(device, dtype)
-    lengths = (1, 15, 16, 17, 130, 64, 7)
     rows = make([(1, length) for length in lengths], 4, 2, 32, 8, device=device, dtype=dtype)
     expected = load_op("paged_attention").reference(*rows)
     for tile in (16, 32):

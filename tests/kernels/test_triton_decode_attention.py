@@ -97,12 +97,14 @@ def test_rows_cut_and_whole(lengths, device, dtype) -> None:
 
 
 @everywhere
-def test_any_tile_and_share(device, dtype, monkeypatch) -> None:
+@pytest.mark.parametrize("lengths", [(1, 15, 16, 17, 90, 64, 7), (40, 48, 0, 33, 36), (96, 96)])
+def test_any_tile_and_share(lengths, device, dtype, monkeypatch) -> None:
+    """Shares that end before a row's first tile; equal rows, whose shares are whole parts of them or not."""
     skip_half(device, dtype)
-    for tile, programs, least in ((16, 5, 1), (32, 5, 1), (32, 1, 48)):
+    for tile, programs, least in ((16, 5, 1), (32, 5, 1), (32, 1, 48), (16, 1, 1)):
         config = kernels.DecodeConfig(tile, 4, 2, programs, least)
         monkeypatch.setattr(kernels, "FUSED_RULES", ((4, 1024, config), (2, 1024, config)))
-        compare((1, 15, 16, 17, 90, 64, 7), 4, 2, 32, 8, normed=True, device=device, dtype=dtype)
+        compare(lengths, 4, 2, 32, 8, normed=True, device=device, dtype=dtype)
 
 
 @everywhere
