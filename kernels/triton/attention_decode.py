@@ -171,6 +171,34 @@ def _add_parts(
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _are_unused(rows, num_rows, starts_ptr, seq_lens_ptr, MIXED: tl.constexpr):
+    """Which of these rows are padding; mixed in, the rows that do not decode are another kernel's."""
+    inside = rows < num_rows
+    unused = inside & (tl.load(seq_lens_ptr + rows, mask=inside, other=1) == 0)
+    if MIXED:
+        start = tl.load(starts_ptr + rows, mask=unused, other=0)
+        unused = unused & (tl.load(starts_ptr + rows + 1, mask=unused, other=0) == start + 1)
+    return unused
+
+
+@triton.jit
+def _store_zeros(
+    rows, unused, starts_ptr, out_ptr, kv_head,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    MIXED: tl.constexpr,
+):  # fmt: skip
+    """What padding gets, of one KV head's query heads."""
+    heads = tl.arange(0, HEADS)[None, :, None]
+    dims = tl.arange(0, HEAD_PAD)[None, None, :]
+    tokens = rows
+    if MIXED:
+        tokens = tl.load(starts_ptr + rows, mask=unused, other=0)
+    at = (tokens.to(tl.int64) * KV_HEADS + kv_head)[:, None, None] * (GROUP * HEAD) + heads * HEAD + dims
+    zeros = tl.zeros([rows.shape[0], HEADS, HEAD_PAD], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, zeros, mask=unused[:, None, None] & (heads < GROUP) & (dims < HEAD))
+
+
 @triton.jit(do_not_specialize=["num_rows", "min_share", "table_stride"])
 def decode_kernel(
     query_ptr, key_ptr, value_ptr, starts_ptr, seq_lens_ptr, tables_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
@@ -179,8 +207,8 @@ def decode_kernel(
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr, OPENING: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr, FUSED: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    PARTS: tl.constexpr, PADS: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr,
+    FUSED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
@@ -188,6 +216,8 @@ def decode_kernel(
     heads = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, HEAD_PAD)
     mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
+    pads = group + tl.arange(0, PADS) * num_groups  # looked at here, where others' loads are waited for too
+    unused = _are_unused(pads, num_rows, starts_ptr, seq_lens_ptr, MIXED)
     share, longer, begin, end, row, row_begin, opening, empty = _find_share(
         group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, OPENING, ROWS, MIXED
     )  # fmt: skip
@@ -211,6 +241,7 @@ def decode_kernel(
     wait_only(DEPENDENT)
     if not LATE:
         let_next_start(DEPENDENT)
+    _store_zeros(pads, unused, starts_ptr, out_ptr, kv_head, GROUP, HEAD, HEAD_PAD, HEADS, KV_HEADS, MIXED)
     while row_begin < end:
         token = row
         seq_len = tl.load(seq_lens_ptr + row)
@@ -251,9 +282,8 @@ def decode_kernel(
                 if newest:
                     last -= 1
                     key = norm_rope(key, key_partner, *key_weight, cos, sin, eps, HEAD, NORM)
-                    cache_at = (
-                        kv_base + newest_block * block_stride + (last % BLOCK_SIZE) * token_stride + dims[None, :]
-                    )
+                    cache_at = kv_base + newest_block * block_stride + (last % BLOCK_SIZE) * token_stride
+                    cache_at = cache_at + dims[None, :]
                     tl.store(key_ptr + cache_at, key, mask=value_mask)
                     tl.store(value_ptr + cache_at, value, mask=value_mask)
                     score = tl.sum(few.to(tl.float32) * key.to(tl.float32), 1) * scale_log2
@@ -294,14 +324,9 @@ def decode_kernel(
             cos, sin = next_cos, next_sin
     if LATE:
         let_next_start(DEPENDENT)
-    if empty > 0:  # padding gets zeros; mixed in, the rows that do not decode are another kernel's
-        for pad in range(group, num_rows, num_groups):
-            token = pad
-            unused = tl.load(seq_lens_ptr + pad) == 0
-            if MIXED:
-                token = tl.load(starts_ptr + pad)
-                unused = unused & (tl.load(starts_ptr + pad + 1) == token + 1)
-            if unused:
-                pad_at = tl.cast(token, tl.int64) * (KV_HEADS * GROUP * HEAD)
-                lanes_at = (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
-                tl.store(out_ptr + pad_at + lanes_at, tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32), mask=mask)
+    if empty > 0:
+        for chunk in range(PADS * num_groups, num_rows, PADS * num_groups):
+            unused = _are_unused(chunk + pads, num_rows, starts_ptr, seq_lens_ptr, MIXED)
+            _store_zeros(
+                chunk + pads, unused, starts_ptr, out_ptr, kv_head, GROUP, HEAD, HEAD_PAD, HEADS, KV_HEADS, MIXED
+            )

@@ -21,6 +21,7 @@ _LOG2E = 1.4426950408889634
 _ROWS = 512  # rows whose lengths a program looks at together
 _ROWS_LATE = 32  # the same for launches of _LATE_ROWS
 _MIXED_ROWS = 4  # from here on a pass may hold enough decoding rows to be worth a launch of their own
+_PADS = 8  # rows of padding that a program may meet before its work; on an H100 all of a batch of up to 528
 _PART_VALUES = 4096  # of cut rows, added up at once
 _AHEAD = 64  # positions whose keys and values a program asks for before it may begin
 _AHEAD_FUSED = 32
@@ -252,6 +253,7 @@ def decode(
         ROWS=_ROWS_LATE if late else _ROWS,
         HEADS=heads_pad,
         PARTS=max(2, min(32, _PART_VALUES // (heads_pad * head_pad))),
+        PADS=_PADS,
         AHEAD=_AHEAD if newest is None else _AHEAD_FUSED,
         LATE=late,
         MIXED=mixed,

@@ -32,6 +32,7 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
     if INTERPRETED:
         monkeypatch.setattr(kernels, "_ROWS", 32)  # few rows are then more than a program looks at at once
+        monkeypatch.setattr(kernels, "_PADS", 2)
 
 
 def step(lengths, heads, kv_heads, size, block_size, *, normed, device, dtype, spare=0):
@@ -87,7 +88,7 @@ def test_shapes(heads, kv_heads, size, block_size, normed, device, dtype) -> Non
 
 @everywhere
 @pytest.mark.parametrize(
-    "lengths", [[1], [128], [257], [700], [400, 1, 300], [1] * 70, [0, 5, 0, 300, 0], [0, 0], [90, 0]]
+    "lengths", [[1], [128], [257], [700], [400, 1, 300], [1] * 70, [0, 5, 0, 300, 0], [0, 0], [90, 0], [0, 0, 7] * 25]
 )
 def test_rows_cut_and_whole(lengths, device, dtype) -> None:
     """One long row over all programs; a part with the newest position alone; padding."""
