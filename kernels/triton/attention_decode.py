@@ -1,11 +1,12 @@
 """Paged attention of rows with one query token each (decode): one launch, equal work for every program.
 
-The contexts of all rows are cut into tiles; program group g takes units [g * share, (g + 1) * share) of that list, one
-program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few long
-rows is split without being told: lengths are read on the GPU only. A unit is a tile, or a part of the time in which a
-row's first tile is waited for: OPENING units for that come before the tiles of each row, but where all rows are equally
-long, since then shares without them may begin and end where rows do. Where a share begins or ends inside a row, the
-parts meet in memory, and the last program to arrive there adds them up, in the groups' order.
+The contexts of all rows are cut into tiles; program group g takes units [g * share, (g + 1) * share) of the list of
+them, one program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few
+long rows is split without being told: lengths are read on the GPU only. Units are tiles and, before the tiles of each
+row, what makes shares fair: OPENING units for the time in which a row's first tile is waited for; or, where rows are
+about equally long, as many as make them equal, so that shares are whole rows or whole parts of them. Where a share
+begins or ends inside a row, the parts meet in memory, and the last program to arrive there adds them up, in the groups'
+order.
 
 Where FUSED, the queries are rows of the merged projection, not yet normalized and rotated, and each row's newest key
 and value are there too. Every part of a row makes its queries itself; the part with the row's end also makes the key,
@@ -42,12 +43,31 @@ def _row_of(unit, rows, ends, num_rows):
 
 
 @triton.jit
+def _fit(full, longest, num_tiles, num_groups, min_share):
+    """Units of a share and of a row, so that shares end where rows or equal parts of them do; 0, 0 where too many
+    programs would have nothing to do, or rows too unequal."""
+    used = tl.maximum(tl.minimum(num_groups, full * longest // min_share), 1)
+    parts = tl.maximum(used // tl.maximum(full, 1), 1)
+    share = tl.where(full > used, tl.cdiv(full, used) * longest, tl.cdiv(longest, parts))
+    row_units = tl.where(full > used, longest, parts * share)
+    fits = share * used - num_tiles <= num_tiles // 16
+    return tl.where(fits, share, 0), tl.where(fits, row_units, 0)
+
+
+@triton.jit
+def _count_units(tiles, row_units, OPENING: tl.constexpr):
+    """Of rows with so many tiles; row_units: of each row, where not 0."""
+    return tl.where(tiles > 0, tl.where(row_units > 0, row_units, tiles + OPENING), 0)
+
+
+@triton.jit
 def _find_share(
     group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE: tl.constexpr, OPENING: tl.constexpr,
     ROWS: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Units of a share, and how many of the first groups have one more; this group's units [begin, end); the row that
-    holds `begin`, and that row's own first unit; units before a row's tiles; how many rows have no tiles."""
+    holds `begin`, and that row's own first unit; units of each row, 0 where they differ; how many rows have no tiles.
+    """
     lanes = tl.arange(0, ROWS)
     tiles = _count_tiles(lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
     num_tiles = tl.sum(tiles, 0)
@@ -58,27 +78,24 @@ def _find_share(
         num_tiles += tl.sum(more, 0)
         longest = tl.maximum(longest, tl.max(more, 0))
         full += tl.sum((more > 0).to(tl.int32), 0)
-    equal = num_tiles == full * longest
-    opening = tl.where(equal, 0, OPENING)
-    num_units = num_tiles + full * opening
-    used = tl.maximum(tl.minimum(num_groups, num_units // min_share), 1)
-    share = num_units // used
-    longer = num_units - share * used
-    whole = tl.maximum(tl.cdiv(num_units, used), 1)
-    if equal & ((longest % whole == 0) | (whole % tl.maximum(longest, 1) == 0)):
-        share = whole
-        longer = tl.cast(0, longer.dtype)
+    share, row_units = _fit(full, longest, num_tiles, num_groups, min_share)
+    num_units = tl.where(row_units > 0, full * row_units, num_tiles + full * OPENING)
+    longer = tl.cast(0, num_units.dtype)
+    if share == 0:
+        used = tl.maximum(tl.minimum(num_groups, num_units // min_share), 1)
+        share = num_units // used
+        longer = num_units - share * used
     begin = group * share + tl.minimum(group, longer)
     end = tl.minimum(begin + share + (group < longer).to(tl.int32), num_units)
-    ends = tl.cumsum(tl.where(tiles > 0, tiles + opening, 0), 0)
+    ends = tl.cumsum(_count_units(tiles, row_units, OPENING), 0)
     found = _row_of(begin, lanes, ends, num_rows)
     for chunk in range(ROWS, num_rows, ROWS):
         before = tl.max(ends, 0)
         more = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
-        ends = before + tl.cumsum(tl.where(more > 0, more + opening, 0), 0)
+        ends = before + tl.cumsum(_count_units(more, row_units, OPENING), 0)
         found = tl.maximum(found, _row_of(begin, chunk + lanes, ends, num_rows))
     row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
-    return share, longer, begin, end, row, row_begin, opening, num_rows - full
+    return share, longer, begin, end, row, row_begin, row_units, num_rows - full
 
 
 @triton.jit
@@ -218,15 +235,17 @@ def decode_kernel(
     mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
     pads = group + tl.arange(0, PADS) * num_groups  # looked at here, where others' loads are waited for too
     unused = _are_unused(pads, num_rows, starts_ptr, seq_lens_ptr, MIXED)
-    share, longer, begin, end, row, row_begin, opening, empty = _find_share(
+    share, longer, begin, end, row, row_begin, row_units, empty = _find_share(
         group, num_groups, starts_ptr, seq_lens_ptr, num_rows, min_share, TILE, OPENING, ROWS, MIXED
     )  # fmt: skip
     # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
     if DEPENDENT and AHEAD:
-        first = tl.maximum(begin - row_begin - opening, 0) * TILE
-        last = (end - row_begin - opening) * TILE
+        seq_len = tl.load(seq_lens_ptr + tl.minimum(row, num_rows - 1))
+        num_tiles = tl.cdiv(seq_len, TILE)
+        row_tiles = row_begin + _count_units(num_tiles, row_units, OPENING) - num_tiles
+        first = tl.maximum(begin - row_tiles, 0) * TILE
+        last = tl.minimum((end - row_tiles) * TILE, seq_len)
         if (begin < end) & (first < last):
-            last = tl.minimum(last, tl.load(seq_lens_ptr + row))
             _prefetch_cache(
                 first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
                 kv_head.to(tl.int64) * head_stride, block_stride, token_stride,
@@ -250,8 +269,8 @@ def decode_kernel(
             if tl.load(starts_ptr + row + 1) != token + 1:
                 seq_len = 0
         num_tiles = tl.cdiv(seq_len, TILE)
-        row_tiles = row_begin + opening  # the unit of the first one
-        row_end = row_tiles + num_tiles
+        row_end = row_begin + _count_units(num_tiles, row_units, OPENING)
+        row_tiles = row_end - num_tiles  # the unit of the first one
         if FUSED:
             next_len = tl.load(seq_lens_ptr + tl.minimum(row + 1, num_rows - 1))
             next_cos, next_sin = rotation(cos_sin_ptr, tl.maximum(next_len, 1) - 1, HEAD, HEAD_PAD)
@@ -317,8 +336,7 @@ def decode_kernel(
                         partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
                         GROUP, HEAD, HEAD_PAD, HEADS, PARTS, KV_HEADS,
                     )  # fmt: skip
-        if num_tiles > 0:
-            row_begin = row_end
+        row_begin = row_end
         row += 1
         if FUSED:
             cos, sin = next_cos, next_sin
