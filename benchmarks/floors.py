@@ -64,9 +64,10 @@ def parse_args():
     parser.add_argument("--attention-tflops", type=float, metavar="X", help="default: as products")
     parser.add_argument("--memory-gb", type=float, metavar="X")
     args = parser.parse_args()
-    given = [args.read_gb_per_s, args.product_tflops, args.memory_gb]
-    if any(given) and not all(given):
-        parser.error("a card needs --read-gb-per-s, --product-tflops and --memory-gb")
+    needed = [args.read_gb_per_s, args.product_tflops, args.memory_gb]
+    given = [value for value in (*needed, args.attention_tflops) if value is not None]
+    if given and (None in needed or min(given) <= 0):
+        parser.error("a card needs --read-gb-per-s, --product-tflops and --memory-gb, all above 0")
     return args
 
 

@@ -14,7 +14,8 @@ from shoal.workers.plan import NewRow, RowSampling, SchedulerOutput
 if TYPE_CHECKING:
     from shoal.workers.runner import ModelRunner
 
-_DECODE_ROWS = (1, 16, 17, 64, 65, 128, 129, 256, 257)  # ends of the ranges of rows that have tiles of their own
+# Ends of the ranges of rows that have tiles of their own, or let what follows start late.
+_DECODE_ROWS = (1, 2, 16, 17, 64, 65, 128, 129, 256, 257)
 _TRIED_ROWS = 2  # the first greedy, the other random
 _PREFILL_ROWS = ([512], [128, 128, 128, 128, 1, 1, 1, 1])  # tokens of a pass; of one whose rows partly decode
 

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,33 @@ class Peer:
     module: str  # what must be importable
     program: str  # in peers/
     install: str
+    options: tuple[str, ...] | None = None  # what --peer-args may hold, numbers from 1 on; None: the peer checks it
+
+
+class PeerError(RuntimeError):
+    """The peer failed; our own figures stand."""
 
 
 PEERS = {
     "vllm": Peer("vllm", "vllm_peer.py", "pip install vllm"),
-    "transformers": Peer("transformers", "transformers_peer.py", "pip install torch transformers"),
+    "transformers": Peer("transformers", "transformers_peer.py", "pip install torch transformers", ("batch_size",)),
 }
 
 
-def get_peer(name: str, python: str) -> Peer:
-    """The peer of that name; ValueError if there is none, or that Python does not have it."""
+def get_peer(name: str, python: str, arguments: Mapping[str, Any]) -> Peer:
+    """The peer of that name; ValueError if there is none, that Python does not have it, or it does not take these."""
     if name not in PEERS:
         near = difflib.get_close_matches(name, PEERS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown peer {name!r}, known: {', '.join(PEERS)}{hint}")
     peer = PEERS[name]
+    for option, value in arguments.items():
+        if peer.options is None:
+            break
+        if option not in peer.options:
+            raise ValueError(f"--peer-args: {name} takes {', '.join(peer.options)}, and not {option}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"--peer-args: {option} must be a number from 1 on, got {value!r}")
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({peer.module!r}) is None)"
     try:
         found = subprocess.run([python, "-c", code], timeout=60).returncode == 0
@@ -53,7 +65,7 @@ def get_peer(name: str, python: str) -> Peer:
 
 
 def run_peer(peer: Peer, python: str, job: dict[str, Any], requests: Sequence[BenchRequest]) -> dict[str, Any]:
-    """Two runs of the peer; figures as ours. RuntimeError if it fails, or an output has another length."""
+    """Two runs of the peer; figures as ours. PeerError if it fails, RuntimeError if an output has another length."""
     rows = {"prompts": [r.prompt for r in requests], "num_outputs": [r.num_output for r in requests]}
     with tempfile.TemporaryDirectory(prefix="shoal-peer-") as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -62,7 +74,7 @@ def run_peer(peer: Peer, python: str, job: dict[str, Any], requests: Sequence[Be
         # stdout is for our table: what the peer prints goes to stderr.
         done = subprocess.run([python, str(program), str(job_file), str(result_file)], stdout=sys.stderr)
         if done.returncode:
-            raise RuntimeError(f"{peer.program} ended with status {done.returncode}; what it said is above")
+            raise PeerError(f"{peer.program} ended with status {done.returncode}; what it said is above")
         result: dict[str, Any] = json.loads(result_file.read_text())
     num_input, num_output = sum(len(r.prompt) for r in requests), sum(r.num_output for r in requests)
     for run in result["runs"]:

@@ -23,20 +23,26 @@ _PROMPT_SHARE = 0.75  # of max_model_len that a prompt may take: what is longer 
 _KV_SHARE = 0.95  # of the cache that rows may fill: the last block of each is partly empty
 
 
+class NoProfile(RuntimeError):
+    """The rows did not decode together for long enough."""
+
+
 def profile_decode(llm: LLM, requests: Sequence[BenchRequest], temperature: float, seconds: float) -> dict[str, Any]:
-    """What rank 0 saw in `seconds` of decoding a full batch, or as long as the rows may become."""
+    """What rank 0 saw in `seconds` of decoding a full batch, or as long as the rows may become. Raises NoProfile."""
     longest = math.floor(_PROMPT_SHARE * llm.resolved.max_model_len)
     rows = [replace(r, prompt=r.prompt[:longest]) for r in requests[: llm.resolved.max_num_seqs]]
     room = llm.resolved.max_model_len - max(len(row.prompt) for row in rows)
     trial = _generate(llm, rows, min(room, _TRIAL_TOKENS), temperature)
-    length = math.ceil(_SLACK * (1 + _HOST_SHARE) * seconds / _step_seconds(trial)) + _SPARE_TOKENS
-    length = min(room, length)
+    step_s = _SLACK * (1 + _HOST_SHARE) / _step_seconds(trial)  # tokens that a second of profile needs
+    spare = min(_SPARE_TOKENS, room // 2)
+    seconds = min(seconds, (room - spare) / step_s)
+    length = math.ceil(step_s * seconds) + spare
     rows = _fitting(rows, length, math.floor(_KV_SHARE * llm.resolved.kv_cache_tokens))
     llm.collective_rpc(start_watch, args=(len(rows), _HOST_SHARE * seconds, seconds))
     _generate(llm, rows, length, temperature)
     seen: dict[str, Any] | None = llm.collective_rpc(end_watch)[0]
     if seen is None:
-        raise RuntimeError(
+        raise NoProfile(
             f"{len(rows)} rows never decoded together for {_HOST_SHARE * seconds:g} s and more: a profile needs a "
             f"larger max_model_len ({llm.resolved.max_model_len}) or fewer --profile-seconds ({seconds:g})"
         )

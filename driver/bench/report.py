@@ -66,7 +66,9 @@ def print_table(result: dict[str, Any]) -> None:
     if "peer" in result:
         peer = result["peer"]
         print(f"{peer['name']} {peer['version']}: start-up {peer['startup_s']:.1f} s")
-    if "profile" in result:
+    if "error" in result.get("profile", {}):
+        print(f"no profile: {result['profile']['error']}")
+    elif "profile" in result:
         _print_profile(result["profile"], on_gpu=engine["device"] == "cuda")
 
 
@@ -80,6 +82,7 @@ def _print_runs(result: dict[str, Any]) -> None:
         ("mean batch", "mean_batch", "{:.1f}"),
         ("steps", "num_steps", "{:,}"),
         ("preemptions", "num_preemptions", "{:,}"),
+        ("cached prompt tokens", "num_cached_prompt_tokens", "{:,}"),
         ("KV read, GB/s", "kv_read_gb_per_s", "{:,.1f}"),
     )
     columns = [(f"run {i}", one) for i, one in enumerate(result["runs"], 1)]

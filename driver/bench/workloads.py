@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -57,8 +58,9 @@ def _lognormal(work: Workload) -> list[BenchRequest]:
     rng = random.Random(work.workload_seed)
     prompts = [_ids(rng, work.input_len) for _ in range(work.num_requests)]
     low, high = work.output_len
-    lengths = [round(rng.lognormvariate(work.output_mu, work.output_sigma)) for _ in prompts]
-    return [BenchRequest(p, min(max(n, low), high)) for p, n in zip(prompts, lengths, strict=True)]
+    beyond = math.log(high) + 1  # whose exponential may be beyond a float, too
+    logs = [min(rng.normalvariate(work.output_mu, work.output_sigma), beyond) for _ in prompts]
+    return [BenchRequest(p, min(max(round(math.exp(x)), low), high)) for p, x in zip(prompts, logs, strict=True)]
 
 
 def _shared(work: Workload) -> list[BenchRequest]:
@@ -149,6 +151,10 @@ def _check(work: Workload) -> None:
         low, high = getattr(work, field)
         if not 1 <= low <= high:
             raise ValueError(f"{field} must be MIN:MAX with 1 <= MIN <= MAX, got {low}:{high}")
+    for field in ("output_mu", "output_sigma"):
+        value = getattr(work, field)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{field} must be a finite number, got {value}")
     if work.output_sigma is not None and work.output_sigma < 0:
         raise ValueError(f"output_sigma must be at least 0, got {work.output_sigma}")
     if not 0 <= work.temperature <= 2:

@@ -21,6 +21,7 @@ def _cases(device: str) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     for rows, size, outputs, name in (
         (1, 8, 5, "silu"), (7, 136, 33, "gelu_new"), (70, 64, 150, "silu"), (0, 4, 3, "relu"),
+        (127, 72, 40, "silu"),
     ):  # fmt: skip
         x, weight = (
             (torch.randn(shape, generator=generator) * scale).to(device)

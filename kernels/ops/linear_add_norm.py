@@ -24,7 +24,7 @@ def _linear_add_norm(
 
 def _cases(device: str) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
-    for rows, size, outputs in ((1, 8, 5), (7, 136, 33), (70, 300, 150), (0, 4, 3)):
+    for rows, size, outputs in ((1, 8, 5), (7, 136, 33), (70, 300, 150), (0, 4, 3), (128, 72, 40), (200, 136, 24)):
         x, weight, residual, norm_weight = (
             (torch.randn(shape, generator=generator) * scale).to(device)
             for shape, scale in (

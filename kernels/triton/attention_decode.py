@@ -1,12 +1,12 @@
 """Paged attention of rows with one query token each (decode): one launch, equal work for every program.
 
-The contexts of all rows are cut into tiles; program group g takes units [g * share, (g + 1) * share) of the list of
-them, one program of the group for each KV head. So no multiprocessor waits for another's longer row, and a batch of few
-long rows is split without being told: lengths are read on the GPU only. Units are tiles and, before the tiles of each
-row, what makes shares fair: OPENING units for the time in which a row's first tile is waited for; or, where rows are
-about equally long, as many as make them equal, so that shares are whole rows or whole parts of them. Where a share
-begins or ends inside a row, the parts meet in memory, and the last program to arrive there adds them up, in the groups'
-order.
+The contexts of all rows are cut into tiles; each program group takes a share of the units in the list of them, one
+program of the group for each KV head. Shares are equal, or those of the first groups a unit longer. So no
+multiprocessor waits for another's longer row, and a batch of few long rows is split without being told: lengths are
+read on the GPU only. Units are tiles and, before the tiles of each row, what makes shares fair: OPENING units for the
+time in which a row's first tile is waited for; or, where rows are about equally long, as many as make them equal, so
+that shares are whole rows or whole parts of them. Where a share begins or ends inside a row, the parts meet in memory,
+and the last program to arrive there adds them up, in the groups' order.
 
 Where FUSED, the queries are rows of the merged projection, not yet normalized and rotated, and each row's newest key
 and value are there too. Every part of a row makes its queries itself; the part with the row's end also makes the key,

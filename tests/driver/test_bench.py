@@ -1,6 +1,7 @@
 """What `shoal bench throughput` runs, and the floors it compares with: against published figures and by hand."""
 
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -66,6 +67,13 @@ def test_longtail_is_lognormal():
     prompts = np.array([len(r.prompt) for r in requests])
     assert (prompts.min(), prompts.max()) == (32, 512)
     assert len(draw("longtail")) == 400
+    assert {r.num_output for r in draw("longtail", output_mu=1000.0, num_requests=5)} == {3000}
+    rng = random.Random(0)
+    few = draw("longtail", num_requests=5)
+    for _ in few:
+        for _ in range(rng.randint(32, 512)):
+            rng.randint(0, MAX_TOKEN_ID)
+    assert [r.num_output for r in few] == [min(max(round(rng.lognormvariate(5.5, 1)), 16), 3000) for _ in few]
 
 
 def test_prefixes_are_shared_and_shuffled():
@@ -102,6 +110,8 @@ def test_seeds_and_ids(name):
         ("nano", {"input_len": (0, 5)}, "input_len must be MIN:MAX with 1 <= MIN <= MAX, got 0:5"),
         ("nano", {"output_len": (9, 5)}, "got 9:5"),
         ("longtail", {"output_sigma": -1.0}, "output_sigma must be at least 0, got -1.0"),
+        ("longtail", {"output_sigma": math.nan}, "output_sigma must be a finite number, got nan"),
+        ("longtail", {"output_mu": math.inf}, "output_mu must be a finite number, got inf"),
         ("nano", {"temperature": 3.0}, r"temperature must be in \[0, 2\], got 3.0"),
     ],
 )
@@ -229,6 +239,9 @@ def test_printed_floors():
     assert result.returncode == 0, result.stderr
     nano = [line.split() for line in result.stdout.splitlines() if line.startswith("nano")]
     assert [row[2] for row in nano] == ["28,476", "39,818"]
+    for wrong in (["--attention-tflops", "400"], ["--read-gb-per-s", "0", "--product-tflops", "1", "--memory-gb", "1"]):
+        command = [sys.executable, str(ROOT / "benchmarks" / "floors.py"), *wrong]
+        assert subprocess.run(command, capture_output=True, timeout=120).returncode == 2
 
 
 def test_each_replica_has_its_share_and_its_own_weights():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shoal.driver.bench.models import model_folder
-from shoal.driver.bench.peer import get_peer, run_peer
+from shoal.driver.bench.command import _complete
+from shoal.driver.bench.models import CONFIGS, model_folder
+from shoal.driver.bench.peer import PeerError, get_peer, run_peer
 from shoal.driver.bench.throughput import check_lengths
 from shoal.driver.bench.workloads import BenchRequest, get_workload
 from shoal.driver.cli import main
@@ -56,7 +57,7 @@ def test_vllm_peer_speaks_vllms_api(tmp_path, monkeypatch):
     """Against a stand-in with vLLM's signatures: what is passed, and that lengths are checked."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "vllm.py").write_text(FAKE_VLLM.replace("SHORT", "0"))
-    peer = get_peer("vllm", sys.executable)
+    peer = get_peer("vllm", sys.executable, JOB["arguments"])
     result = run_peer(peer, sys.executable, JOB, REQUESTS)
     assert result["version"] == "0.0.test"
     for run in result["runs"]:
@@ -66,20 +67,20 @@ def test_vllm_peer_speaks_vllms_api(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="request 0 has 4 output tokens, and not 5"):
         run_peer(peer, sys.executable, JOB, REQUESTS)
     (tmp_path / "vllm.py").write_text("raise OSError('no driver')")
-    with pytest.raises(RuntimeError, match=r"vllm_peer.py ended with status 1"):
+    with pytest.raises(PeerError, match=r"vllm_peer.py ended with status 1"):
         run_peer(peer, sys.executable, JOB, REQUESTS)
 
 
 def test_peers_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="unknown peer 'vlm', known: vllm, transformers; did you mean 'vllm'"):
-        get_peer("vlm", sys.executable)
+        get_peer("vlm", sys.executable, {})
     with pytest.raises(ValueError, match="--peer-python"):
-        get_peer("vllm", str(tmp_path / "python"))
+        get_peer("vllm", str(tmp_path / "python"), {})
     bare = tmp_path / "bare"  # an interpreter that finds nothing but its own library
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     with pytest.raises(ValueError, match=r"no module 'vllm'\. Install it: pip install vllm"):
-        get_peer("vllm", str(bare))
+        get_peer("vllm", str(bare), {})
 
 
 def test_lengths_are_checked():
@@ -103,8 +104,9 @@ def test_model_folders(tmp_path, monkeypatch):
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def bench(*arguments, cwd):
-    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+def bench(*arguments, cwd, path=None):
+    paths = os.pathsep.join(map(str, [ROOT] if path is None else [ROOT, path]))
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"PYTHONPATH": paths}
     command = [sys.executable, "-m", "shoal", "bench", "throughput", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 
@@ -157,7 +159,16 @@ def test_command_end_to_end(tmp_path):
         (("--profile-seconds", "-1"), r"--profile-seconds must be in \[0, 60\], got -1.0"),
         (("--peer-args", "{}x"), "no JSON"),
         (("--peer-args", '{"a": 1}'), "there is no --peer"),
+        (("--peer", "transformers", "--peer-args", '{"batch": 1}'), "transformers takes batch_size, and not batch"),
+        (
+            ("--peer", "transformers", "--peer-args", '{"batch_size": 0}'),
+            "batch_size must be a number from 1 on, got 0",
+        ),
         (("--disable-log-stats",), "leave it out"),
+        (("--output", "."), "that is a folder, name a file in it"),
+        (("--pipeline-parallel-size", "2", "--profile-seconds", "1"), "stages decode rows of their own"),
+        (("--max-model-len", "24"), r"a request has \d+ prompt tokens and .*: more than max_model_len \(24\)"),
+        (("--input-len", "5:"), "must be a number or MIN:MAX, got '5:'"),
         (("--max-num-seqs", "many"), "max_num_seqs: .*many"),
         (("--input-len", "a:b"), "must be a number or MIN:MAX, got 'a:b'"),
         (("--max-num-seq", "3"), "unrecognized arguments"),
@@ -183,3 +194,39 @@ def test_profiled_rows_fit_the_cache():
     shared = [BenchRequest([1] * 10, 5, prefix=0, prefix_len=8)] * 8
     assert len(_fitting(shared, 30, 104)) == 3  # 40, and 32 for each one more
     assert len(_fitting(shared, 30, 103)) == 2
+
+
+def test_models_that_are_short_or_know_few_ids(tmp_path):
+    """A limit below what a benchmark would else prepare for, and a vocabulary below what prompts hold."""
+    requests = [BenchRequest([1] * 10, 5), BenchRequest([1] * 900, 124)]
+    config = CONFIGS["tiny"] | {"max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert _complete({}, str(tmp_path), str(tmp_path), requests)["max_model_len"] == 2048
+    assert _complete({"max_model_len": 1024}, str(tmp_path), str(tmp_path), requests)["max_model_len"] == 1024
+    with pytest.raises(ValueError, match=r"900 prompt tokens and 124 to generate, 1024 in all: .*\(1023\)"):
+        _complete({"max_model_len": 1023}, str(tmp_path), str(tmp_path), requests)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1000}))
+    with pytest.raises(ValueError, match=r"1024 in all: more than max_model_len \(1000\)"):
+        _complete({}, str(tmp_path), str(tmp_path), requests)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10000}))
+    with pytest.raises(ValueError, match="ids up to 10000, and the model's vocabulary 10000 ids"):
+        _complete({}, str(tmp_path), str(tmp_path), requests)
+
+
+def test_stages_are_measured_without_a_profile(tmp_path):
+    done = bench(*SMALL, "--quiet", "--pipeline-parallel-size", "2", "--output", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "profile" not in json.loads((tmp_path / "out.json").read_text())
+
+
+def test_what_fails_after_the_runs_leaves_their_figures(tmp_path):
+    """No time for a profile, and a peer that ends."""
+    (tmp_path / "vllm.py").write_text("raise OSError('no driver')")
+    options = ("--quiet", "--profile-seconds", "5", "--max-model-len", "36", "--peer", "vllm")
+    done = bench(*SMALL, *options, "--output", "out.json", cwd=tmp_path, path=tmp_path)
+    assert done.returncode == 1
+    assert "vllm_peer.py ended with status 1" in done.stderr.splitlines()[-1] + done.stderr.splitlines()[-2]
+    assert "run 2" in done.stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["runs"]) == 2
+    assert "profile" in result
