@@ -17,6 +17,7 @@ from shoal.driver.outputs import RequestOutput
 from shoal.workers.decode_watch import end_watch, start_watch
 
 _TRIAL_TOKENS = 33  # how long rows decode to find out how long a step takes
+_LEAST_ROOM = 2  # tokens: a step is timed between two
 _HOST_SHARE = 0.2  # of the window: how long the host is timed before it
 _SLACK, _SPARE_TOKENS = 1.25, 128  # the trial may have met a slow moment
 _PROMPT_SHARE = 0.75  # of max_model_len that a prompt may take: what is longer is cut, to leave room for outputs
@@ -32,11 +33,13 @@ def profile_decode(llm: LLM, requests: Sequence[BenchRequest], temperature: floa
     longest = math.floor(_PROMPT_SHARE * llm.resolved.max_model_len)
     rows = [replace(r, prompt=r.prompt[:longest]) for r in requests[: llm.resolved.max_num_seqs]]
     room = llm.resolved.max_model_len - max(len(row.prompt) for row in rows)
+    if room < _LEAST_ROOM:
+        raise NoProfile(f"max_model_len ({llm.resolved.max_model_len}) leaves no room to decode in")
     trial = _generate(llm, rows, min(room, _TRIAL_TOKENS), temperature)
-    step_s = _SLACK * (1 + _HOST_SHARE) / _step_seconds(trial)  # tokens that a second of profile needs
+    rate = _SLACK * (1 + _HOST_SHARE) / _step_seconds(trial)  # tokens that a second of profile takes
     spare = min(_SPARE_TOKENS, room // 2)
-    seconds = min(seconds, (room - spare) / step_s)
-    length = math.ceil(step_s * seconds) + spare
+    seconds = min(seconds, (room - spare) / rate)
+    length = math.ceil(rate * seconds) + spare
     rows = _fitting(rows, length, math.floor(_KV_SHARE * llm.resolved.kv_cache_tokens))
     llm.collective_rpc(start_watch, args=(len(rows), _HOST_SHARE * seconds, seconds))
     _generate(llm, rows, length, temperature)

@@ -174,6 +174,28 @@ def test_bfloat16_is_as_exact_as_transformers(variant, tiny_checkpoint, local_ll
             assert float(best - chosen) <= widest * spacing(float(best))
 
 
+def short_rows(llm, count: int) -> list[list[int]]:
+    """Tokens of so many rows of a few tokens each, greedy and random ones in turn."""
+    rng = random.Random(5)
+    rows = [[rng.randrange(3, 250) for _ in range(rng.randrange(1, 20))] for _ in range(count)]
+    wishes = [GREEDY if i % 2 else SEEDED | {"seed": i} for i in range(count)]
+    params = [SamplingParams(max_tokens=rng.randrange(8, 25), ignore_eos=True, **wish) for wish in wishes]
+    return [list(output.outputs[0].token_ids) for output in llm.generate(rows, params, use_tqdm=False)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_two_thousand_places(tiny_checkpoint, local_llm) -> None:
+    """More rows at once than a program of attention looks at together, in the largest graphs, and without graphs."""
+    folder = tiny_checkpoint("llama")
+    graphs = local_llm(folder, device="cuda", max_num_seqs=2048, **WAYS["graphs-bursts"])
+    found = short_rows(graphs, 1500)
+    assert max(size for size, _ in graphs.llm_engine.runner.graphs._graphs) > 1024
+    eager = local_llm(folder, device="cuda", max_num_seqs=2048, **WAYS["eager-bursts"])
+    assert short_rows(eager, 1500) == found
+    assert short_rows(local_llm(folder, device="cpu", max_num_seqs=2048), 1500)[:200] == found[:200]
+
+
 def spacing(value: float) -> float:
     """Of bfloat16 numbers there."""
     return 2.0 ** (math.floor(math.log2(abs(value))) - 7)
