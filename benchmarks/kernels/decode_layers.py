@@ -19,7 +19,6 @@ import torch
 
 from shoal.driver.bench.workloads import get_workload
 from shoal.kernels.registry import load_op
-from shoal.kernels.triton import linear as products
 from shoal.workers.decode_graphs import graph_sizes
 
 BLOCK = 16
@@ -34,38 +33,32 @@ LONGEST = 4096
 
 @dataclass(frozen=True)
 class Step:
-    """What the layers of one decode step read: weights, caches, the rows' inputs and lengths, the angles' table."""
+    """What the layers of one decode step read: weights and caches, the rows' inputs and lengths, angles."""
 
     model: linear.Model
     layers: list[linear.Layer]
-    caches: list[torch.Tensor]
     x: torch.Tensor
     seq_lens: torch.Tensor
     tables: torch.Tensor
     angles: torch.Tensor
 
-    def attention(self, qkv: torch.Tensor, layer: int, way: str) -> torch.Tensor:
-        """decode_attention by that implementation, "reference" or "triton"."""
+    def attention(self, qkv: torch.Tensor, layer: linear.Layer, reference: bool = False) -> torch.Tensor:
+        """decode_attention in Triton, or as the op's reference has it."""
         model, op = self.model, load_op("decode_attention")
-        run = op.reference if way == "reference" else op.get(way)
-        norms = tuple(self.layers[layer]["heads"]) if model.head_norm else (None, None)
+        run = op.reference if reference else op.get("triton")
+        norms = tuple(layer["heads"]) if model.head_norm else (None, None)
         lengths = (self.seq_lens, self.tables, model.head_dim**-0.5, LONGEST)
-        return run(qkv, *norms, 1e-6, self.angles, *self.caches[layer], *lengths, model.heads).flatten(1)
+        return run(qkv, *norms, 1e-6, self.angles, *layer["caches"], *lengths, model.heads).flatten(1)
 
     def run(self) -> torch.Tensor:
         """All layers."""
-        x = residual = self.x
-        for index, layer in enumerate(self.layers):
-            heads = self.attention(products.linear(x, layer["qkv"]), index, "triton")
-            x, residual = products.linear_add_norm(heads, layer["o"], residual, layer["norm"], 1e-6)
-            inner = products.gated_linear(x, layer["gate_up"], "silu")
-            x, residual = products.linear_add_norm(inner, layer["down"], residual, layer["norm"], 1e-6)
-        return x
+        return linear.step(self.layers, self.x, self.attention, library=False)
 
     def check(self) -> None:
         """The first layer's attention against the reference. Both write the same newest keys and values."""
-        qkv = products.linear(self.x, self.layers[0]["qkv"])
-        found, expected = (self.attention(qkv, 0, way).float() for way in ("triton", "reference"))
+        layer = self.layers[0]
+        qkv = linear.ours.linear(self.x, layer["qkv"])
+        found, expected = (self.attention(qkv, layer, reference).float() for reference in (False, True))
         error = (found - expected).abs().max().item()
         if not error <= attention.TOLERANCE:
             raise SystemExit(f"attention of {len(self.x)} rows is wrong by {error}")
@@ -73,21 +66,17 @@ class Step:
 
 def make_step(model: linear.Model, lengths: Sequence[int]) -> Step:
     """Rows of these contexts, 0 for padding."""
-    needs = [-(-length // BLOCK) for length in lengths]
-    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=linear.DEVICE)
-    tables = torch.zeros(len(lengths), LONGEST // BLOCK, dtype=torch.int32, device=linear.DEVICE)
-    inside = torch.arange(tables.shape[1], device=linear.DEVICE) < torch.tensor(needs, device=linear.DEVICE).unsqueeze(
-        1
-    )
-    tables[inside] = torch.randperm(sum(needs), device=linear.DEVICE).int()
-    angles = torch.randn(LONGEST, model.head_dim // 2, device=linear.DEVICE) * 5
-    shape = (2, sum(needs), BLOCK, model.kv_heads, model.head_dim)
+    device, needs = linear.DEVICE, [-(-length // BLOCK) for length in lengths]
+    tables = torch.zeros(len(lengths), LONGEST // BLOCK, dtype=torch.int32, device=device)
+    inside = torch.arange(tables.shape[1], device=device) < torch.tensor(needs, device=device).unsqueeze(1)
+    tables[inside] = torch.randperm(sum(needs), device=device).int()
+    angles = torch.randn(LONGEST, model.head_dim // 2, device=device) * 5
+    caches = (2, sum(needs), BLOCK, model.kv_heads, model.head_dim)
     return Step(
         model,
-        [linear.make_layer(model) for _ in range(model.layers)],
-        [linear.normal(*shape) for _ in range(model.layers)],
+        [linear.make_layer(model) | {"caches": linear.normal(*caches)} for _ in range(model.layers)],
         linear.normal(len(lengths), model.hidden),
-        seq_lens,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
         tables,
         torch.cat([angles.cos(), angles.sin()], dim=1),
     )

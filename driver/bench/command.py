@@ -88,14 +88,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--peer-args {json.dumps(args.peer_args)}: there is no --peer that they are for")
     peer = None if args.peer is None else get_peer(args.peer, args.peer_python, args.peer_args)
     requests = work.draw(work)
-    result: dict[str, Any] = {"workload": _describe(args.workload, work, requests), "model": args.model or work.model}
-    with model_folder(args.model or work.model) as folder:
+    model = args.model or work.model
+    result: dict[str, Any] = {"workload": _describe(args.workload, work, requests), "model": model}
+    with model_folder(model) as folder:
         arguments = engine_arguments(args)
         if arguments.get("disable_log_stats"):
             raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics, leave it out")
         try:
             start = time.perf_counter()
-            arguments = _complete(arguments, args.model or work.model, folder, requests)
+            arguments = _complete(arguments, model, folder, requests)
             _measure(result, folder, arguments, replicas, work, requests, profile_s, start, show_bar=not args.quiet)
             if peer is not None:  # the engine is gone: the device is free
                 job = _peer_job(folder, work, result["engine"], args.peer_args)
