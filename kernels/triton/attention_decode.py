@@ -94,7 +94,9 @@ def _find_share(
         more = _count_tiles(chunk + lanes, num_rows, starts_ptr, seq_lens_ptr, TILE, MIXED)
         ends = before + tl.cumsum(_count_units(more, row_units, OPENING), 0)
         found = tl.maximum(found, _row_of(begin, chunk + lanes, ends, num_rows))
-    row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
+    row, row_begin = 0, 0
+    if num_rows > 0:  # always; of a loop that begins with what may not be a constant, Triton 3.7 pipelines nothing
+        row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
     return share, longer, begin, end, row, row_begin, row_units, num_rows - full
 
 
@@ -103,6 +105,15 @@ def _group_of(unit, share, longer):
     """The group whose share holds this unit."""
     of_longer = longer * (share + 1)
     return tl.where(unit < of_longer, unit // (share + 1), longer + (unit - of_longer) // share)
+
+
+@triton.jit
+def _find_span(seq_len, row_begin, begin, end, row_units, TILE: tl.constexpr, OPENING: tl.constexpr):
+    """Of a row that begins at this unit: the unit of its first tile, its end; positions of it inside [begin, end)."""
+    num_tiles = tl.cdiv(seq_len, TILE)
+    row_end = row_begin + _count_units(num_tiles, row_units, OPENING)
+    row_tiles = row_end - num_tiles
+    return row_tiles, row_end, tl.maximum(begin - row_tiles, 0) * TILE, tl.minimum((end - row_tiles) * TILE, seq_len)
 
 
 @triton.jit
@@ -155,10 +166,59 @@ def _attend(
 
 
 @triton.jit
-def _add_parts(
-    partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
+def _load_part(
+    partial_ptr, lse_ptr, group, first_group, last_group, kv_head,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """One group's part of a cut row: logarithm of the weights' sum [HEADS], weighted mean of values [HEADS, HEAD_PAD];
+    beyond the last group one that weighs nothing."""
+    heads = tl.arange(0, HEADS)
+    dims = tl.arange(0, HEAD_PAD)
+    slot = (group * 2 + (group == first_group).to(tl.int32)) * KV_HEADS + kv_head
+    at = slot * GROUP + heads
+    there = (group <= last_group) & (heads < GROUP)
+    # Another multiprocessor wrote these: the nearest cache that both see is L2.
+    lse = tl.load(lse_ptr + at, mask=there, other=-1.0e30, cache_modifier=".cg")
+    mask = there[:, None] & (dims < HEAD)[None, :]
+    part = tl.load(partial_ptr + at[:, None] * HEAD + dims[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    return lse, part
+
+
+@triton.jit
+def _add_some(
+    best, total, acc, partial_ptr, lse_ptr, group, first_group, last_group, kv_head,
     GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Adds PARTS parts from this group's on to: the best score, the weights' sum, the weighted sum of values.
+
+    Each part is a tensor of its own, and all are loaded before the first is used: of one tensor with all of them,
+    values are loaded one by one.
+    """
+    lses, parts = (), ()
+    new_best = best
+    for i in tl.static_range(PARTS):
+        lse, part = _load_part(
+            partial_ptr, lse_ptr, group + i, first_group, last_group, kv_head, GROUP, HEAD, HEAD_PAD, HEADS, KV_HEADS
+        )
+        lses += (lse,)
+        parts += (part,)
+    for i in tl.static_range(PARTS):
+        new_best = tl.maximum(new_best, lses[i])
+    fade = tl.exp2(best - new_best)
+    total, acc = total * fade, acc * fade[:, None]
+    for i in tl.static_range(PARTS):
+        weight = tl.exp2(lses[i] - new_best)
+        total += weight
+        acc += parts[i] * weight[:, None]
+    return new_best, total, acc
+
+
+@triton.jit
+def _add_parts(
+    partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HEADS: tl.constexpr, FEW: tl.constexpr,
+    MANY: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Write a row that was cut: its parts are the first group's second one, and the others' first."""
     heads = tl.arange(0, HEADS)
@@ -166,25 +226,19 @@ def _add_parts(
     best = tl.full([HEADS], -1.0e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, HEAD_PAD], tl.float32)
-    mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
-    for chunk in range(first_group, last_group + 1, PARTS):
-        group = chunk + tl.arange(0, PARTS)
-        slot = (group * 2 + (group == first_group).to(tl.int32)) * KV_HEADS + kv_head
-        at = slot[:, None] * GROUP + heads[None, :]
-        there = (group <= last_group)[:, None] & (heads < GROUP)[None, :]
-        # Another multiprocessor wrote these: the nearest cache that both see is L2.
-        lse = tl.load(lse_ptr + at, mask=there, other=-1.0e30, cache_modifier=".cg")
-        parts_at = partial_ptr + at[:, :, None] * HEAD + dims[None, None, :]
-        parts = tl.load(
-            parts_at, mask=there[:, :, None] & (dims < HEAD)[None, None, :], other=0.0, cache_modifier=".cg"
-        )
-        new_best = tl.maximum(best, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_best[None, :])
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weights, 0)
-        acc = acc * fade[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        best = new_best
+    if last_group - first_group < FEW:  # as most are where there are many rows
+        best, total, acc = _add_some(
+            best, total, acc, partial_ptr, lse_ptr, first_group, first_group, last_group, kv_head,
+            GROUP, HEAD, HEAD_PAD, HEADS, FEW, KV_HEADS,
+        )  # fmt: skip
+    else:
+        for group in range(first_group, last_group + 1, MANY):
+            best, total, acc = _add_some(
+                best, total, acc, partial_ptr, lse_ptr, group, first_group, last_group, kv_head,
+                GROUP, HEAD, HEAD_PAD, HEADS, MANY, KV_HEADS,
+            )  # fmt: skip
     at = out_at + (kv_head * GROUP + heads)[:, None] * HEAD + dims[None, :]
+    mask = (heads < GROUP)[:, None] & (dims < HEAD)[None, :]
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -224,8 +278,8 @@ def decode_kernel(
     table_stride,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     TILE: tl.constexpr, OPENING: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr, PADS: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr, MIXED: tl.constexpr,
-    FUSED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    FEW: tl.constexpr, MANY: tl.constexpr, PADS: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    MIXED: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     group = tl.program_id(0) // KV_HEADS
@@ -241,10 +295,7 @@ def decode_kernel(
     # Lengths, tables and all of the cache but the newest tokens are older than the kernel before this one.
     if DEPENDENT and AHEAD:
         seq_len = tl.load(seq_lens_ptr + tl.minimum(row, num_rows - 1))
-        num_tiles = tl.cdiv(seq_len, TILE)
-        row_tiles = row_begin + _count_units(num_tiles, row_units, OPENING) - num_tiles
-        first = tl.maximum(begin - row_tiles, 0) * TILE
-        last = tl.minimum((end - row_tiles) * TILE, seq_len)
+        _, _, first, last = _find_span(seq_len, row_begin, begin, end, row_units, TILE, OPENING)
         if (begin < end) & (first < last):
             _prefetch_cache(
                 first, last, tables_ptr + tl.cast(row, tl.int64) * table_stride, key_ptr, value_ptr,
@@ -260,7 +311,8 @@ def decode_kernel(
     wait_only(DEPENDENT)
     if not LATE:
         let_next_start(DEPENDENT)
-    _store_zeros(pads, unused, starts_ptr, out_ptr, kv_head, GROUP, HEAD, HEAD_PAD, HEADS, KV_HEADS, MIXED)
+    if empty > 0:
+        _store_zeros(pads, unused, starts_ptr, out_ptr, kv_head, GROUP, HEAD, HEAD_PAD, HEADS, KV_HEADS, MIXED)
     while row_begin < end:
         token = row
         seq_len = tl.load(seq_lens_ptr + row)
@@ -268,14 +320,10 @@ def decode_kernel(
             token = tl.load(starts_ptr + row)
             if tl.load(starts_ptr + row + 1) != token + 1:
                 seq_len = 0
-        num_tiles = tl.cdiv(seq_len, TILE)
-        row_end = row_begin + _count_units(num_tiles, row_units, OPENING)
-        row_tiles = row_end - num_tiles  # the unit of the first one
+        row_tiles, row_end, first, last = _find_span(seq_len, row_begin, begin, end, row_units, TILE, OPENING)
         if FUSED:
             next_len = tl.load(seq_lens_ptr + tl.minimum(row + 1, num_rows - 1))
             next_cos, next_sin = rotation(cos_sin_ptr, tl.maximum(next_len, 1) - 1, HEAD, HEAD_PAD)
-        first = tl.maximum(begin - row_tiles, 0) * TILE
-        last = tl.minimum((end - row_tiles) * TILE, seq_len)
         if first < last:
             token64 = tl.cast(token, tl.int64)
             table = tables_ptr + tl.cast(row, tl.int64) * table_stride
@@ -334,7 +382,7 @@ def decode_kernel(
                     tl.store(counter, 0)  # as the next launch expects it
                     _add_parts(
                         partial_ptr, lse_ptr, first_group, last_group, kv_head, out_ptr, out_at,
-                        GROUP, HEAD, HEAD_PAD, HEADS, PARTS, KV_HEADS,
+                        GROUP, HEAD, HEAD_PAD, HEADS, FEW, MANY, KV_HEADS,
                     )  # fmt: skip
         row_begin = row_end
         row += 1

@@ -18,6 +18,7 @@ from tests.kernels.test_triton_attention import (
     assert_close,
     everywhere,
     for_the_interpreter,
+    is_pipelined,
     make,
     shaped,
     skip_half,
@@ -168,7 +169,7 @@ def test_rules_fit_a_hopper_gpu(rule, compiled_for_hopper) -> None:
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
     arguments = step([40] * 3, 16, 8, size, 16, normed=True, device="cpu", dtype=dtype)
     (kernel,) = compiled_for_hopper(kernels.decode_attention, *arguments)
-    assert kernel.metadata.num_stages == config.stages
+    assert is_pipelined(kernel, config)
     if dtype == torch.bfloat16:
         assert kernel.metadata.shared + 1024 <= config.shared_bytes(16, size, 2)
     assert config.programs * (kernel.metadata.shared + 1024) <= 228 << 10
