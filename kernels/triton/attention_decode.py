@@ -195,7 +195,7 @@ def _add_some(
     Each part is a tensor of its own, and all are loaded before the first is used: of one tensor with all of them,
     values are loaded one by one.
     """
-    lses, parts = (), ()
+    lses, parts = tl.tuple([]), tl.tuple([])
     new_best = best
     for i in tl.static_range(PARTS):
         lse, part = _load_part(
