@@ -95,7 +95,7 @@ def _find_share(
         ends = before + tl.cumsum(_count_units(more, row_units, OPENING), 0)
         found = tl.maximum(found, _row_of(begin, chunk + lanes, ends, num_rows))
     row, row_begin = 0, 0
-    if num_rows > 0:  # always; of a loop that begins with what may not be a constant, Triton 3.7 pipelines nothing
+    if num_rows > 0:  # always, so that 0 is among the loop's first values: else Triton 3.7 pipelines nothing in it
         row, row_begin = (found >> 32).to(tl.int32), found.to(tl.int32)
     return share, longer, begin, end, row, row_begin, row_units, num_rows - full
 
