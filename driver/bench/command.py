@@ -82,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes."""
     work = get_workload(args.workload, **{name: getattr(args, name) for name in _SIZES if hasattr(args, name)})
     _check_output(args.output)
-    replicas = check_count(args.replicas)
-    profile_s = _profile_seconds(args.profile_seconds, replicas, engine_arguments(args))
+    replicas, arguments = check_count(args.replicas), engine_arguments(args)
+    if arguments.get("disable_log_stats"):
+        raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics, leave it out")
+    profile_s = _profile_seconds(args.profile_seconds, replicas, arguments)
     if args.peer_args and args.peer is None:
         raise ValueError(f"--peer-args {json.dumps(args.peer_args)}: there is no --peer that they are for")
     peer = None if args.peer is None else get_peer(args.peer, args.peer_python, args.peer_args)
@@ -91,9 +93,6 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or work.model
     result: dict[str, Any] = {"workload": _describe(args.workload, work, requests), "model": model}
     with model_folder(model) as folder:
-        arguments = engine_arguments(args)
-        if arguments.get("disable_log_stats"):
-            raise ValueError("--disable-log-stats: a benchmark reports the engine's metrics, leave it out")
         try:
             start = time.perf_counter()
             arguments = _complete(arguments, model, folder, requests)

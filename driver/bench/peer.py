@@ -47,13 +47,8 @@ def get_peer(name: str, python: str, arguments: Mapping[str, Any]) -> Peer:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown peer {name!r}, known: {', '.join(PEERS)}{hint}")
     peer = PEERS[name]
-    for option, value in arguments.items():
-        if peer.options is None:
-            break
-        if option not in peer.options:
-            raise ValueError(f"--peer-args: {name} takes {', '.join(peer.options)}, and not {option}")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"--peer-args: {option} must be a number from 1 on, got {value!r}")
+    if peer.options is not None:
+        _check_options(name, peer.options, arguments)
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({peer.module!r}) is None)"
     try:
         found = subprocess.run([python, "-c", code], timeout=60).returncode == 0
@@ -62,6 +57,14 @@ def get_peer(name: str, python: str, arguments: Mapping[str, Any]) -> Peer:
     if not found:
         raise ValueError(f"--peer {name}: {python} has no module {peer.module!r}. Install it: {peer.install}")
     return peer
+
+
+def _check_options(name: str, known: Sequence[str], given: Mapping[str, Any]) -> None:
+    for option, value in given.items():
+        if option not in known:
+            raise ValueError(f"--peer-args: {name} takes {', '.join(known)}, and not {option}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"--peer-args: {option} must be a number from 1 on, got {value!r}")
 
 
 def run_peer(peer: Peer, python: str, job: dict[str, Any], requests: Sequence[BenchRequest]) -> dict[str, Any]:
